@@ -1,0 +1,203 @@
+"""Audio in: decode, mix to mono, resample to 16 kHz, crop; and log-mel features without the padding nobody hears.
+
+SFT, RL rollout and inference all read sound through here, so that a segment is the same samples in all three.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLING_RATE = 16_000  # hertz; what the Qwen-Omni audio towers were trained on
+
+# An MP3 decoder drops its delay and padding, at most this many frames. More missing than that is a cut file.
+_TOLERATED_MISSING_FRAMES = 4 * 1152
+# Below this share of the loudest channel's energy the mean of the channels has cancelled (antiphase stereo).
+_CANCELLED_ENERGY = 1e-4
+
+_FRAGMENT = re.compile(r"(.+)#t=([0-9]+(?:\.[0-9]+)?),([0-9]+(?:\.[0-9]+)?)", re.DOTALL)
+
+AudioSource = str | os.PathLike[str] | bytes | BinaryIO
+
+
+class AudioError(ValueError):
+    """This audio cannot be used; the message names the file, what was wrong, and the cure."""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """Counted by decoding the whole file, since headers of cut files lie. `num_frames` at the file's own rate."""
+
+    duration_seconds: float
+    num_frames: int
+    sampling_rate: int
+    num_channels: int
+
+
+def load(
+    source: AudioSource, *, start_seconds: float | None = None, end_seconds: float | None = None
+) -> np.ndarray:
+    """Decode `source` (a path, encoded bytes or a binary file) to mono float32 at 16 kHz, shape (num_samples,).
+
+    With start and end in seconds the crop [start, end) of that waveform, equal bit for bit to cropping the whole.
+    Raises AudioError for what is not audio, cut off, empty, or holds NaN or infinity.
+    """
+    if (start_seconds is None) != (end_seconds is None):
+        raise ValueError("start_seconds and end_seconds go together")
+    frames, rate = _decode(source)
+    waveform = _mono(frames)
+    if rate != SAMPLING_RATE:
+        waveform = soxr.resample(waveform, rate, SAMPLING_RATE, quality="HQ").astype(np.float32, copy=False)
+    if start_seconds is None or end_seconds is None:
+        return np.ascontiguousarray(waveform)
+    piece = crop(waveform, round(start_seconds * SAMPLING_RATE), round(end_seconds * SAMPLING_RATE))
+    if not len(piece):
+        raise AudioError(
+            f"{_name(source)}: [{start_seconds}, {end_seconds}) s is outside its {len(waveform) / SAMPLING_RATE:.2f} s"
+        )
+    return piece
+
+
+def load_fragment(reference: str) -> np.ndarray:
+    """`load` of a path that may end in a media fragment, `clip.wav#t=1.00,2.50`."""
+    path, bounds = parse_fragment(reference)
+    return load(path) if bounds is None else load(path, start_seconds=bounds[0], end_seconds=bounds[1])
+
+
+def probe(source: AudioSource) -> AudioInfo:
+    """Decode the whole of `source` and say how long it is. Raises AudioError as `load` does."""
+    frames, rate = _decode(source)
+    return AudioInfo(len(frames) / rate, len(frames), rate, frames.shape[1])
+
+
+def crop(waveform: np.ndarray, start_sample: int, end_sample: int) -> np.ndarray:
+    """Samples [start_sample, end_sample), cut to the waveform: a view, nothing is copied."""
+    return waveform[max(0, start_sample) : max(0, end_sample)]
+
+
+def parse_fragment(reference: str) -> tuple[str, tuple[float, float] | None]:
+    """`path#t=START,END` to (path, (start, end) in seconds); any other string to (itself, None)."""
+    match = _FRAGMENT.fullmatch(reference)
+    return (match[1], (float(match[2]), float(match[3]))) if match else (reference, None)
+
+
+def format_fragment(path: str, start_seconds: float, end_seconds: float) -> str:
+    """The reverse of `parse_fragment`. Three decimals: a millisecond is 16 samples."""
+    return f"{path}#t={start_seconds:.3f},{end_seconds:.3f}"
+
+
+def resolve_path(audio_root: str | os.PathLike[str], relative: str) -> Path:
+    """The file that a row names, under `audio_root`. Raises AudioError when it leaves that root, by `..`, by an absolute
+    path or through a symbolic link, or when it is not a file."""
+    root = Path(audio_root).resolve()
+    path = (root / relative).resolve()
+    if not path.is_relative_to(root):
+        raise AudioError(f"{relative!r} leaves the audio root {root}: give a path relative to --audio-root")
+    if not path.is_file():
+        raise AudioError(f"{relative!r}: no such file under the audio root {root}")
+    return path
+
+
+def pad_to_longest(feature_extractor: Any) -> Any:
+    """Make a Whisper feature extractor pad to the longest clip of a call and not to its window (300 s in the public
+    checkpoints: 15 MB and up to 2 s a clip). Valid frames stay equal bit for bit. Returns the same object, changed.
+
+    The zeros kept after the longest clip are the half STFT window that its last frame still sees.
+    """
+    base = type(feature_extractor)
+    if getattr(base, "pads_to_longest", False):
+        return feature_extractor
+
+    def __call__(self: Any, raw_speech: Any, *args: Any, **kwargs: Any) -> Any:
+        clips = raw_speech if isinstance(raw_speech, (list, tuple)) and np.ndim(raw_speech[0]) else [raw_speech]
+        needed = max(len(clip) for clip in clips) + self.n_fft // 2
+        needed = math.ceil(needed / self.hop_length) * self.hop_length
+        if kwargs.get("max_length") is None and needed < self.n_samples:
+            kwargs["max_length"] = needed
+        kwargs["return_attention_mask"] = True
+        features = base.__call__(self, raw_speech, *args, **kwargs)
+        valid = int(features["attention_mask"].sum(-1).max())
+        features["attention_mask"] = features["attention_mask"][:, :valid]
+        features["input_features"] = features["input_features"][..., :valid]
+        return features
+
+    # The name is kept: save_pretrained writes it to the processor's configuration.
+    members = {"__call__": __call__, "__module__": base.__module__, "pads_to_longest": True}
+    feature_extractor.__class__ = type(base.__name__, (base,), members)
+    return feature_extractor
+
+
+def _name(source: AudioSource) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return getattr(source, "name", None) or "audio bytes"
+
+
+def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
+    """All frames, float32 of shape (num_frames, channels), and the rate in hertz."""
+    name = _name(source)
+    try:
+        stream = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115
+    except OSError as error:
+        raise AudioError(f"{name}: {error.strerror}") from error
+    if isinstance(stream, (bytes, bytearray, memoryview)):
+        stream = io.BytesIO(stream)
+    with stream:
+        _refuse_cut_wav(stream, name)
+        try:
+            with soundfile.SoundFile(stream) as file:
+                declared, rate = file.frames, file.samplerate
+                frames = file.read(dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(
+                f"{name}: not readable as audio ({error.error_string.strip()}). Convert it: ffmpeg -i IN OUT.flac"
+            ) from error
+    if not len(frames):
+        raise AudioError(f"{name}: no samples in it")
+    if len(frames) < declared - _TOLERATED_MISSING_FRAMES:
+        raise AudioError(f"{name}: cut off, {len(frames)} of {declared} declared frames can be decoded")
+    if not np.isfinite(frames).all():
+        raise AudioError(f"{name}: holds NaN or infinite samples, one of which spoils every feature")
+    return frames, rate
+
+
+def _refuse_cut_wav(stream: BinaryIO, name: str) -> None:
+    """libsndfile reads a cut WAV short without a word, so compare the header's byte count with the file's."""
+    start = stream.tell()
+    header = stream.read(12)
+    if header[:4] == b"RIFF" and header[8:12] == b"WAVE":
+        size = stream.seek(0, io.SEEK_END)
+        position = start + 12
+        while position + 8 <= size:
+            stream.seek(position)
+            chunk, length = struct.unpack("<4sI", stream.read(8))
+            if chunk == b"data":
+                # 0 and 0xFFFFFFFF mean "unknown": written by programs that stream.
+                if 0 < length < 0xFFFFFFFF and position + 8 + length > size:
+                    raise AudioError(
+                        f"{name}: cut off, {size - position - 8} of {length} declared bytes of samples are there"
+                    )
+                break
+            position += 8 + length + length % 2
+    stream.seek(start)
+
+
+def _mono(frames: np.ndarray) -> np.ndarray:
+    """The mean of the channels, or the loudest channel where they cancel each other."""
+    if frames.shape[1] == 1:
+        return frames[:, 0]
+    mixed = frames.mean(axis=1)
+    energies = np.square(frames).sum(axis=0)
+    if np.square(mixed).sum() < _CANCELLED_ENERGY * energies.max():
+        return frames[:, int(energies.argmax())]
+    return mixed

@@ -1,0 +1,101 @@
+"""What a response says: the `<think>`/`<answer>` grammar, and whether its answer is the right choice.
+
+Rewards and scoring both read responses with this module, so that the two cannot drift.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LETTERED = re.compile(r"\(?([A-Za-z])\s*[).:]\s*(.*)", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """`think` and `answer` are the stripped contents of the one block of that name, None where there is none or several.
+
+    `well_formed`: exactly one think block, then exactly one answer block, neither nested nor left open.
+    """
+
+    think: str | None
+    answer: str | None
+    well_formed: bool
+
+
+def parse(text: str) -> Transcript:
+    """Read a response. Never raises: malformed model output is data."""
+    think, think_span = _only_block(text, "think")
+    answer, answer_span = _only_block(text, "answer")
+    ordered = think_span is not None and answer_span is not None and think_span[1] <= answer_span[0]
+    return Transcript(think, answer, ordered)
+
+
+def _only_block(text: str, name: str) -> tuple[str | None, tuple[int, int] | None]:
+    opening, closing = f"<{name}>", f"</{name}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None, None
+    start, end = text.index(opening), text.index(closing)
+    if start > end:
+        return None, None
+    return text[start + len(opening) : end].strip(), (start, end + len(closing))
+
+
+def choice_letter(index: int) -> str:
+    """A, B, C ... as the prompt letters the choices."""
+    return chr(ord("A") + index)
+
+
+def match_choice(answer: str | None, choices: Sequence[str]) -> int | None:
+    """The index of the one choice that `answer` names, None when it names none or more than one. Strict: no guessing.
+
+    Taken are the choice's text, its letter, and letter with text (`B`, `(B)`, `B. a dog`), whatever the case, blanks and
+    a final full stop. A letter whose text is another choice's names none.
+    """
+    if answer is None:
+        return None
+    said = _normal(answer)
+    if not said:
+        return None
+    normal = [_normal(choice) for choice in choices]
+    by_text = [index for index, choice in enumerate(normal) if choice == said]
+    if by_text:
+        return by_text[0] if len(by_text) == 1 else None
+    lettered = _LETTERED.fullmatch(said)
+    if lettered and lettered[2].strip():
+        index = ord(lettered[1].lower()) - ord("a")
+        return index if index < len(choices) and normal[index] == _normal(lettered[2]) else None
+    letter = _LETTER.fullmatch(said)
+    if letter:
+        index = ord(letter[1].lower()) - ord("a")
+        return index if index < len(choices) else None
+    return None
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).strip().rstrip(".").rstrip().casefold()
+
+
+def official_match(prediction: str | None, answer: str, choices: Sequence[str]) -> bool:
+    """The rule of the official MMAU and MMAR scripts (`string_match`), on every row; None counts as wrong.
+
+    With tok(s) the set of lower-case words of s: correct if tok(answer) is a subset of tok(prediction), and the
+    prediction holds none of the words that the other choices have and the answer has not.
+    """
+    if prediction is None:
+        return False
+    said, right = _words(prediction), _words(answer)
+    if not said:
+        return False
+    wrong: set[str] = set()
+    for choice in choices:
+        words = _words(choice)
+        if words != right:
+            wrong |= words - right
+    return right <= said and not said & wrong
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\b\w+\b", text.lower()))
