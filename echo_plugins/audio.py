@@ -5,6 +5,7 @@ SFT, RL rollout and inference all read sound through here, so that a segment is 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -44,9 +45,7 @@ class AudioInfo:
     num_channels: int
 
 
-def load(
-    source: AudioSource, *, start_seconds: float | None = None, end_seconds: float | None = None
-) -> np.ndarray:
+def load(source: AudioSource, *, start_seconds: float | None = None, end_seconds: float | None = None) -> np.ndarray:
     """Decode `source` (a path, encoded bytes or a binary file) to mono float32 at 16 kHz, shape (num_samples,).
 
     With start and end in seconds the crop [start, end) of that waveform, equal bit for bit to cropping the whole.
@@ -97,8 +96,10 @@ def format_fragment(path: str, start_seconds: float, end_seconds: float) -> str:
 
 
 def resolve_path(audio_root: str | os.PathLike[str], relative: str) -> Path:
-    """The file that a row names, under `audio_root`. Raises AudioError when it leaves that root, by `..`, by an absolute
-    path or through a symbolic link, or when it is not a file."""
+    """The file that a row names, under `audio_root`.
+
+    Raises AudioError when it leaves that root (`..`, an absolute path, a symbolic link), or when it is not a file.
+    """
     root = Path(audio_root).resolve()
     path = (root / relative).resolve()
     if not path.is_relative_to(root):
@@ -146,13 +147,14 @@ def _name(source: AudioSource) -> str:
 def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
     """All frames, float32 of shape (num_frames, channels), and the rate in hertz."""
     name = _name(source)
-    try:
-        stream = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115
-    except OSError as error:
-        raise AudioError(f"{name}: {error.strerror}") from error
-    if isinstance(stream, (bytes, bytearray, memoryview)):
-        stream = io.BytesIO(stream)
-    with stream:
+    with contextlib.ExitStack() as owned:
+        if isinstance(source, (str, os.PathLike)):
+            try:
+                stream: BinaryIO = owned.enter_context(Path(source).open("rb"))
+            except OSError as error:
+                raise AudioError(f"{name}: {error.strerror}") from error
+        else:
+            stream = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
         _refuse_cut_wav(stream, name)
         try:
             with soundfile.SoundFile(stream) as file:

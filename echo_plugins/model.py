@@ -45,7 +45,7 @@ class OmniFamily:
         return self.audio_bos_token + self.audio_token + self.audio_eos_token
 
     def num_audio_tokens(self, num_samples: int, hop_length: int = 160) -> int:
-        """Audio tokens of a clip of `num_samples`, from the model's own length formula; 0 when it is too short for one."""
+        """Audio tokens of a clip of `num_samples`, from the model's own length formula; 0 when too short for one."""
         num_frames = -(-num_samples // hop_length)
         return max(0, self.tokens_of_frames(num_frames)) if num_frames else 0
 
@@ -83,8 +83,15 @@ QWEN3_OMNI = OmniFamily(
     "<|audio_pad|>",
     "<|audio_start|>",
     "<|audio_end|>",
-    ("<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", "<|image_pad|>", "<|video_pad|>")
-    + ("<|vision_start|>", "<|vision_end|>"),
+    (
+        "<|audio_pad|>",
+        "<|audio_start|>",
+        "<|audio_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    ),
     _qwen3_tokens,
 )
 FAMILIES = {family.model_type: family for family in (QWEN2_5_OMNI, QWEN3_OMNI)}

@@ -20,7 +20,8 @@ MAX_SEGMENTS = 8  # inserted clips a trajectory; the paper's policy uses 1.9 on 
 MAX_BODY_CHARS = 64
 
 # ASCII digits only: float() would take Unicode digits, `1_0`, `nan` and `1e9` as well.
-_BODY = re.compile(r"[ \t\r\n]*([0-9]{1,9}(?:\.[0-9]{0,12})?)[ \t\r\n]*,[ \t\r\n]*([0-9]{1,9}(?:\.[0-9]{0,12})?)[ \t\r\n]*")
+_TIME = r"[ \t\r\n]*([0-9]{1,9}(?:\.[0-9]{0,12})?)[ \t\r\n]*"
+_BODY = re.compile(f"{_TIME},{_TIME}")
 
 
 class Refusal(StrEnum):

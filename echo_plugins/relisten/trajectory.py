@@ -1,7 +1,7 @@
 """The turn step: sampled ids in, the next engine call out. RL rollout and inference both run this and nothing else.
 
-Token in, token out. Two streams are kept. The engine's holds one audio placeholder a clip, because the engine expands it
-itself; the trainer's holds the expanded placeholders. Masks and log-probs are as long as the trainer's response.
+Token in, token out. Two streams are kept. The engine's holds one audio placeholder a clip, because the engine expands
+it itself; the trainer's holds the expanded placeholders. Masks and log-probs are as long as the trainer's response.
 
     trajectory = Trajectory(...)
     while (turn := trajectory.next_turn()) is not None:
@@ -80,8 +80,8 @@ class Clip:
 class Attempt:
     """One tag as written and what became of it: exactly one of `segment` (resolved) and `refusal` is set.
 
-    `inserted` is False for a refusal, and for a segment that grounded mode only reads. `straddled`: the token that closed
-    the tag held more than the tag.
+    `inserted` is False for a refusal, and for a segment that grounded mode only reads. `straddled`: the token that
+    closed the tag held more than the tag.
     """
 
     text: str
@@ -128,8 +128,8 @@ class Trajectory:
         decode: ids -> text, special tokens kept. encode: text -> ids, nothing added.
         count_audio_tokens: samples -> audio tokens, the model's own length formula.
 
-    Read after every `absorb`: `response_ids`, `response_mask` (1 sampled, 0 observed), `response_logprobs` (None when the
-    engine gave none), `engine_response_ids`, `clips`, `attempts`, `stop_reason`, `error`, `num_turns`.
+    Read after every `absorb`: `response_ids`, `response_mask` (1 sampled, 0 observed), `response_logprobs` (None when
+    the engine gave none), `engine_response_ids`, `clips`, `attempts`, `stop_reason`, `error`, `num_turns`.
     """
 
     def __init__(

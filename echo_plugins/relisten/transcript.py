@@ -15,7 +15,7 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 
 @dataclass(frozen=True)
 class Transcript:
-    """`think` and `answer` are the stripped contents of the one block of that name, None where there is none or several.
+    """`think` and `answer`: the stripped contents of the one block of that name, None where there is none or several.
 
     `well_formed`: exactly one think block, then exactly one answer block, neither nested nor left open.
     """
@@ -51,8 +51,8 @@ def choice_letter(index: int) -> str:
 def match_choice(answer: str | None, choices: Sequence[str]) -> int | None:
     """The index of the one choice that `answer` names, None when it names none or more than one. Strict: no guessing.
 
-    Taken are the choice's text, its letter, and letter with text (`B`, `(B)`, `B. a dog`), whatever the case, blanks and
-    a final full stop. A letter whose text is another choice's names none.
+    Taken are the choice's text, its letter, and letter with text (`B`, `(B)`, `B. a dog`), whatever the case, blanks
+    and a final full stop. A letter whose text is another choice's names none.
     """
     if answer is None:
         return None
