@@ -35,6 +35,10 @@ class AudioError(ValueError):
     """This audio cannot be used; the message names the file, what was wrong, and the cure."""
 
 
+class OutsideRootError(AudioError):
+    """The path that a row names leaves the audio root."""
+
+
 @dataclass(frozen=True)
 class AudioInfo:
     """Counted by decoding the whole file, since headers of cut files lie. `num_frames` at the file's own rate."""
@@ -43,6 +47,11 @@ class AudioInfo:
     num_frames: int
     sampling_rate: int
     num_channels: int
+
+    @property
+    def num_samples(self) -> int:
+        """Length of what `load` returns: soxr rounds half up to whole samples at 16 kHz."""
+        return (2 * self.num_frames * SAMPLING_RATE + self.sampling_rate) // (2 * self.sampling_rate)
 
 
 def load(source: AudioSource, *, start_seconds: float | None = None, end_seconds: float | None = None) -> np.ndarray:
@@ -91,20 +100,26 @@ def parse_fragment(reference: str) -> tuple[str, tuple[float, float] | None]:
 
 
 def format_fragment(path: str, start_seconds: float, end_seconds: float) -> str:
-    """The reverse of `parse_fragment`. Three decimals: a millisecond is 16 samples."""
-    return f"{path}#t={start_seconds:.3f},{end_seconds:.3f}"
+    """The reverse of `parse_fragment`, exact: rounded times would crop other samples than the rollout does."""
+    start, end = (np.format_float_positional(value, min_digits=2) for value in (start_seconds, end_seconds))
+    return f"{path}#t={start},{end}"
 
 
 def resolve_path(audio_root: str | os.PathLike[str], relative: str) -> Path:
     """The file that a row names, under `audio_root`.
 
-    Raises AudioError when it leaves that root (`..`, an absolute path, a symbolic link), or when it is not a file.
+    Raises OutsideRootError when it leaves that root (`..`, an absolute path, a symbolic link), AudioError when it is not
+    a file or cannot be a path at all.
     """
     root = Path(audio_root).resolve()
-    path = (root / relative).resolve()
+    try:
+        path = (root / relative).resolve()
+        is_file = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a NUL character
+        raise AudioError(f"{relative[:80]!r} is no usable path: {error}") from error
     if not path.is_relative_to(root):
-        raise AudioError(f"{relative!r} leaves the audio root {root}: give a path relative to --audio-root")
-    if not path.is_file():
+        raise OutsideRootError(f"{relative!r} leaves the audio root {root}: give a path relative to --audio-root")
+    if not is_file:
         raise AudioError(f"{relative!r}: no such file under the audio root {root}")
     return path
 

@@ -1,0 +1,354 @@
+"""AudioQA: the one record in the middle. Every importer writes it, every exporter reads it, and this module judges it.
+
+    {"id", "audio", "question", "choices": [..], "answer",
+     "think"?, "events"?: [{"label", "start", "end"}], "duration"?, "meta"?}
+
+`audio` is a path relative to the audio root. Times are seconds. Unknown keys are kept under `meta`. A row that cannot
+be used raises `RowError` with a `Reason`; nothing is repaired by guessing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from echo_plugins.relisten.prompt import contains_reserved
+from echo_plugins.relisten.segment import CLOSE_TAG, OPEN_TAG, Refusal, find_tags, resolve
+
+MIN_CHOICES = 2
+MAX_CHOICES = 26  # the prompt letters them A to Z
+END_TOLERANCE_SECONDS = 0.05  # labels and tags are rounded: an END may pass the clip by this
+
+# Our own grammar inside a data set's text would open or close blocks that the writer never meant.
+_GRAMMAR = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+class Reason(StrEnum):
+    """Why a row cannot be used."""
+
+    NOT_JSON = "not_json"
+    NOT_AN_OBJECT = "not_an_object"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    DUPLICATE_ID = "duplicate_id"
+    EMPTY_TEXT = "empty_text"
+    RESERVED_TEXT = "reserved_text"
+    WRONG_NUMBER_OF_CHOICES = "wrong_number_of_choices"
+    DUPLICATE_CHOICE = "duplicate_choice"
+    ANSWER_NOT_A_CHOICE = "answer_not_a_choice"
+    AMBIGUOUS_ANSWER = "ambiguous_answer"
+    BAD_DURATION = "bad_duration"
+    BAD_EVENT = "bad_event"
+    MALFORMED_TAG = "malformed_tag"
+    SEGMENT_OUTSIDE_AUDIO = "segment_outside_audio"
+    AUDIO_OUTSIDE_ROOT = "audio_outside_root"
+    AUDIO_MISSING = "audio_missing"
+    AUDIO_UNREADABLE = "audio_unreadable"
+    AUDIO_TOO_LONG = "audio_too_long"
+    AUDIO_TOO_SHORT = "audio_too_short"
+    NO_THINK = "no_think"
+    # What `converters.check` finds in exported files.
+    PLACEHOLDER_MISMATCH = "placeholder_mismatch"
+    MALFORMED_RESPONSE = "malformed_response"
+    NOT_AS_ROLLOUT = "not_as_rollout"
+
+
+class RowError(ValueError):
+    """One row that cannot be used: the typed reason, and what was seen."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A labelled stretch of the clip."""
+
+    label: str
+    start_seconds: float
+    end_seconds: float
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.label, "start": self.start_seconds, "end": self.end_seconds, **self.meta}
+
+
+@dataclass(frozen=True, slots=True)
+class AudioQA:
+    """A question about one clip, its choices, the right one, and where there is one a chain of thought with tags."""
+
+    id: str
+    audio: str
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    think: str | None = None
+    events: tuple[Event, ...] = ()
+    duration_seconds: float | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: object) -> AudioQA:
+        """Judge all that can be judged without the audio. Raises RowError."""
+        if not isinstance(row, Mapping):
+            raise RowError(Reason.NOT_AN_OBJECT, f"a row is a JSON object, this is {_shown(row)}")
+        duration = _duration(row.get("duration"))
+        choices = _choices(row)
+        answer = _text(row, "answer")
+        if answer not in choices:
+            raise RowError(Reason.ANSWER_NOT_A_CHOICE, f"answer {_shown(answer)} is not among {_shown(choices)}")
+        think = None if row.get("think") is None else _text(row, "think")
+        if think is not None:
+            check_tags(think, duration)
+        return cls(
+            id=_id(row),
+            audio=_audio(row),
+            question=_text(row, "question", tags_allowed=False),
+            choices=choices,
+            answer=answer,
+            think=think,
+            events=_events(row.get("events"), duration),
+            duration_seconds=duration,
+            meta=_meta(row),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in a manifest; optional fields only where they are set."""
+        row: dict[str, Any] = {
+            "id": self.id,
+            "audio": self.audio,
+            "question": self.question,
+            "choices": list(self.choices),
+            "answer": self.answer,
+        }
+        if self.think is not None:
+            row["think"] = self.think
+        if self.events:
+            row["events"] = [event.to_json() for event in self.events]
+        if self.duration_seconds is not None:
+            row["duration"] = self.duration_seconds
+        if self.meta:
+            row["meta"] = self.meta
+        return row
+
+
+FIELDS = ("id", "audio", "question", "choices", "answer", "think", "events", "duration", "meta")
+_EVENT_FIELDS = ("label", "start", "end")
+
+
+def check_times(record: AudioQA, duration_seconds: float) -> None:
+    """Events, tags and the stated duration against the decoded clip. Raises RowError."""
+    stated = record.duration_seconds
+    if stated is not None and abs(stated - duration_seconds) > END_TOLERANCE_SECONDS:
+        raise RowError(Reason.BAD_DURATION, f"duration says {stated:g} s, the file decodes to {duration_seconds:g} s")
+    for event in record.events:
+        _check_event_end(event, duration_seconds)
+    if record.think is not None:
+        check_tags(record.think, duration_seconds)
+
+
+def check_tags(text: str, duration_seconds: float | None) -> None:
+    """Every tag of a training text must be well formed and lie inside the clip. Raises RowError.
+
+    Too short is allowed: such a tag inserts nothing. Without a duration only the grammar is judged.
+    """
+    kept, rest = 0, ""
+    for tag in find_tags(text):
+        written = text[tag.start : tag.end]
+        if isinstance(tag.meaning, Refusal):
+            raise RowError(Reason.MALFORMED_TAG, f"{tag.meaning} tag {_shown(written)}")
+        if duration_seconds is not None and (
+            resolve(tag.meaning, duration_seconds) is Refusal.PAST_END
+            or tag.meaning.end_seconds > duration_seconds + END_TOLERANCE_SECONDS
+        ):
+            raise RowError(Reason.SEGMENT_OUTSIDE_AUDIO, f"{written} in a clip of {duration_seconds:g} s")
+        rest += text[kept : tag.start]
+        kept = tag.end
+    rest += text[kept:]
+    for stray in (OPEN_TAG, CLOSE_TAG):
+        if stray in rest:
+            raise RowError(Reason.MALFORMED_TAG, f"{stray} without its other half")
+
+
+def read_rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, object]]:
+    """(line, value) of every row of a JSONL file, or of a JSON file that holds one list.
+
+    `value` is a RowError where the line is no JSON. `advance` is told the bytes consumed. JSONL is streamed; a JSON
+    list is read into memory as text, and its rows are parsed one by one.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        stream.seek(0)
+        if start.startswith(b"["):
+            yield from _read_list(stream.read(), advance)
+            return
+        for number, line in enumerate(stream, start=1):
+            advance(len(line))
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.isspace() and line:
+                yield number, _loads(line)
+
+
+def _read_list(raw: bytes, advance: Callable[[int], None]) -> Iterator[tuple[int, object]]:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield 1, RowError(Reason.NOT_JSON, f"not UTF-8: {error}")
+        return
+    decoder = json.JSONDecoder()
+    position, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        position = _skip_blanks(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text.startswith("]", position):
+            return
+        try:
+            # The standard library finds where the element ends; orjson judges it as it judges a line of JSONL.
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield line, RowError(Reason.NOT_JSON, f"{error}; the rest of the list is not read")
+            return
+        yield line, _loads(text[position:end])
+        advance(end - counted)
+        position = _skip_blanks(text, end)
+        if text.startswith(",", position):
+            position += 1
+        elif not text.startswith("]", position):
+            line += text.count("\n", counted, position)
+            yield line, RowError(Reason.NOT_JSON, "expected , or ] here; the rest of the list is not read")
+            return
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _loads(line: bytes | str) -> object:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return RowError(Reason.NOT_JSON, str(error))
+
+
+def _shown(value: object, limit: int = 80) -> str:
+    """`value` for a message: a row can hold megabytes."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _required(row: Mapping[str, Any], name: str) -> Any:
+    value = row.get(name)
+    if value is None:
+        raise RowError(Reason.MISSING_FIELD, f"{name!r} is missing; the row has {_shown(sorted(row))}")
+    return value
+
+
+def _text(row: Mapping[str, Any], name: str, tags_allowed: bool = True) -> str:
+    value = _required(row, name)
+    if not isinstance(value, str):
+        raise RowError(Reason.WRONG_TYPE, f"{name!r} is text, this is {_shown(value)}")
+    return _checked(value, name, tags_allowed)
+
+
+def _checked(value: str, name: str, tags_allowed: bool) -> str:
+    text = value.strip()
+    if not text:
+        raise RowError(Reason.EMPTY_TEXT, f"{name!r} is empty")
+    if "<" in text:
+        grammar = _GRAMMAR if tags_allowed else (*_GRAMMAR, OPEN_TAG, CLOSE_TAG)
+        reserved = contains_reserved(text) or next((token for token in grammar if token in text), None)
+        if reserved:
+            raise RowError(Reason.RESERVED_TEXT, f"{name!r} holds {reserved}, which the model or the format reserves")
+    return text
+
+
+def _id(row: Mapping[str, Any]) -> str:
+    value = _required(row, "id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise RowError(Reason.WRONG_TYPE, f"'id' is text or a whole number, this is {_shown(value)}")
+    if not value.strip():
+        raise RowError(Reason.EMPTY_TEXT, "'id' is empty")
+    return value
+
+
+def _audio(row: Mapping[str, Any]) -> str:
+    value = _required(row, "audio")
+    if not isinstance(value, str):
+        raise RowError(Reason.WRONG_TYPE, f"'audio' is a path, this is {_shown(value)}")
+    if not value.strip():
+        raise RowError(Reason.EMPTY_TEXT, "'audio' is empty")
+    return value
+
+
+def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
+    value = _required(row, "choices")
+    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+        raise RowError(Reason.WRONG_TYPE, f"'choices' is a list of texts, this is {_shown(value)}")
+    if not MIN_CHOICES <= len(value) <= MAX_CHOICES:
+        raise RowError(Reason.WRONG_NUMBER_OF_CHOICES, f"{MIN_CHOICES} to {MAX_CHOICES} are needed, not {len(value)}")
+    choices = tuple(_checked(choice, f"choices[{index}]", False) for index, choice in enumerate(value))
+    # The scorer folds case, blanks and a final full stop: two choices that differ in nothing else are one.
+    folded = {" ".join(choice.split()).rstrip(". ").casefold() for choice in choices}
+    if len(folded) < len(choices):
+        raise RowError(Reason.DUPLICATE_CHOICE, f"two choices read the same: {_shown(choices)}")
+    return choices
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _duration(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or value <= 0:
+        raise RowError(Reason.BAD_DURATION, f"'duration' is a positive number of seconds, this is {_shown(value)}")
+    return float(value)
+
+
+def _events(value: Any, duration_seconds: float | None) -> tuple[Event, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RowError(Reason.WRONG_TYPE, f"'events' is a list of objects, this is {_shown(value)}")
+    return tuple(_event(item, duration_seconds) for item in value)
+
+
+def _event(item: object, duration_seconds: float | None) -> Event:
+    if not isinstance(item, Mapping):
+        raise RowError(Reason.BAD_EVENT, f"an event is an object with label, start and end, this is {_shown(item)}")
+    label, start, end = (item.get(name) for name in _EVENT_FIELDS)
+    if not isinstance(label, str) or not label.strip():
+        raise RowError(Reason.BAD_EVENT, f"an event needs a label: {_shown(item)}")
+    if not _is_number(start) or not _is_number(end) or not 0 <= start < end:
+        raise RowError(Reason.BAD_EVENT, f"0 <= start < end is needed, in seconds: {_shown(item)}")
+    event = Event(label, float(start), float(end), {key: item[key] for key in item if key not in _EVENT_FIELDS})
+    if duration_seconds is not None:
+        _check_event_end(event, duration_seconds)
+    return event
+
+
+def _check_event_end(event: Event, duration_seconds: float) -> None:
+    if event.end_seconds > duration_seconds + END_TOLERANCE_SECONDS:
+        raise RowError(Reason.BAD_EVENT, f"{_shown(event.to_json())} ends after the clip of {duration_seconds:g} s")
+
+
+def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
+    meta = row.get("meta")
+    if meta is not None and not isinstance(meta, dict):
+        raise RowError(Reason.WRONG_TYPE, f"'meta' is an object, this is {_shown(meta)}")
+    return {key: row[key] for key in row if key not in FIELDS} | (meta or {})

@@ -1,0 +1,132 @@
+"""AudioQA manifest -> the JSONL that `swift sft` reads.
+
+    python -m converters.sft_jsonl IN.jsonl OUT.jsonl --audio-root DIR [--mode grounded|interleaved|plain]
+
+grounded: tags are text. interleaved: `<audio>` after each tag that the rollout would insert a clip for, and the crop as
+`path#t=START,END` in `audios`. plain: no tags. Paths are absolute.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from converters import conversion
+from converters.audio_qa import Reason, RowError
+from converters.conversion import AudioFile, AudioRoot, Checked, Conversion, from_manifest
+from echo_plugins.audio import format_fragment
+from echo_plugins.relisten.prompt import AUDIO_TAG, Mode, user_message
+from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, find_tags, resolve
+
+app = conversion.new_command()
+
+
+@app.command()
+def main(
+    source: conversion.ManifestArgument,
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="ms-swift JSONL, written whole or not at all.")
+    ],
+    audio_root: conversion.AudioRootOption,
+    mode: Annotated[
+        Mode, typer.Option(help="What the chain of thought holds: tags and sound, tags as text, no tags.")
+    ] = "grounded",
+    rejected: conversion.RejectedOption = None,
+    trust_durations: conversion.TrustOption = False,
+    workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
+) -> None:
+    """Turn an AudioQA manifest into SFT rows for ms-swift."""
+
+    def write(rows: Conversion, path: Path) -> None:
+        with path.open("wb") as out:
+            for row in rows.rows(lambda checked, _: sft_row(checked, mode)):
+                out.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+
+    audio = AudioRoot(audio_root, trust_durations)
+    conversion.convert(source, target, rejected, audio, from_manifest, write, workers)
+
+
+def sft_row(checked: Checked, mode: Mode) -> dict[str, Any]:
+    """One ms-swift row. Raises RowError for a row without a chain of thought."""
+    record, audio = checked.record, checked.audio
+    if record.think is None:
+        raise RowError(Reason.NO_THINK, "SFT needs 'think'; rows without one are for RL (converters.rl_parquet)")
+    audios = [audio.path]
+    think = record.think
+    if mode == "interleaved":
+        think, fragments = interleave(think, audio)
+        audios += fragments
+    elif mode == "plain":
+        think = without_tags(think)
+        if not think:
+            raise RowError(Reason.EMPTY_TEXT, "nothing is left of 'think' without its tags")
+    response = f"<think>{think}</think><answer>{record.answer}</answer>"
+    messages = [user_message(record.question, record.choices, mode), {"role": "assistant", "content": response}]
+    return {"messages": messages, "audios": audios}
+
+
+def interleave(think: str, audio: AudioFile, max_segments: int = MAX_SEGMENTS) -> tuple[str, list[str]]:
+    """`think` with an audio placeholder after each tag that resolves, up to `max_segments`, and the crops in order."""
+    parts: list[str] = []
+    fragments: list[str] = []
+    kept = 0
+    for tag in find_tags(think):
+        parts.append(think[kept : tag.end])
+        kept = tag.end
+        segment = resolve(tag.meaning, audio.duration_seconds) if isinstance(tag.meaning, Segment) else tag.meaning
+        if isinstance(segment, Segment) and len(fragments) < max_segments:
+            parts.append(AUDIO_TAG)
+            fragments.append(format_fragment(audio.path, segment.start_seconds, segment.end_seconds))
+    return "".join([*parts, think[kept:]]), fragments
+
+
+# What only leads up to a tag and hangs in the air without it: "Between TAG and TAG, ...", "in the segment TAG".
+_LEAD = re.compile(
+    r"(?:\b(?:in|at|from|during|between|within|over|around|near|by|for|of|on|to|until|through|throughout|with|and|see)"
+    r"[ \t]{1,4}(?:(?:the|this|that)[ \t]{1,4})?"
+    r"(?:(?:segment|interval|span|part|section|window|range|clip)s?[ \t]{1,4})?)?\Z",
+    re.IGNORECASE,
+)
+_LEAD_CHARS = 48  # more than _LEAD can match, so that a long text is not searched
+_BETWEEN_TAGS = re.compile(r"[ \t]*(?:,|and|or|to|,[ \t]*and)?[ \t]*")
+_STARTS = ".!?:;\n"
+_CLOSING = ",.;:!?)]"
+
+
+def without_tags(think: str) -> str:
+    """`think` without its tags, and without the preposition or bracket that only led up to one, so that it still reads.
+
+    >>> without_tags("In <seg>1, 2</seg>, a dog barks; then at <seg>3, 4</seg> a door shuts (<seg>4, 5</seg>).")
+    'A dog barks; then a door shuts.'
+    """
+    tags = find_tags(think)
+    bounds = [0, *(bound for tag in tags for bound in (tag.start, tag.end)), len(think)]
+    pieces = [think[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
+    out = [pieces[0]]
+    for index, piece in enumerate(pieces[1:], start=1):
+        if index < len(tags) and _BETWEEN_TAGS.fullmatch(piece):
+            continue  # "TAG and TAG" goes as one
+        before = out.pop()
+        lead = _LEAD.search(before[-_LEAD_CHARS:])
+        before = before[: len(before) - len(lead[0] if lead else "")].rstrip(" \t")
+        while not before and out:
+            before = out.pop().rstrip(" \t")
+        after = piece.lstrip(" \t")
+        if before.endswith(("(", "[")) and after.startswith((")", "]")):
+            before, after = before[:-1].rstrip(" \t"), after[1:].lstrip(" \t")
+        if not before or before[-1] in _STARTS:
+            after = after.lstrip(",:; \t")
+            after = after if before.endswith(";") else after[:1].upper() + after[1:]
+        elif before.endswith(",") and (not after or after[0] in _CLOSING):
+            before = before[:-1]
+        glue = " " if before and before[-1] not in "\n([" and after and after[0] not in _CLOSING + "\n" else ""
+        out += [before + glue, after]
+    return "".join(out).strip()
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m converters.sft_jsonl")
