@@ -28,9 +28,9 @@ from transformers import (
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniProcessor,
     Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
     WhisperFeatureExtractor,
 )
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.utils import logging
 
 # Qwen2.5-Omni's added tokens, in its order (there they are ids 151643 to 151656).
@@ -213,9 +213,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
             "resblock_dilation_sizes": [[1, 3, 5]],
         },
     }
-    config = Qwen2_5OmniConfig(
-        thinker_config=thinker, talker_config=talker, token2wav_config=token2wav, tie_word_embeddings=False
-    )
+    config = Qwen2_5OmniConfig(thinker_config=thinker, talker_config=talker, token2wav_config=token2wav)
     config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
     return config
 
@@ -299,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     model = build(args)
     parameters = sum(p.numel() for p in model.thinker.parameters())
-    vocab_size = model.config.thinker_config.text_config.vocab_size
+    vocab_size = model.thinker.get_input_embeddings().num_embeddings
     print(f"{args.output}: thinker of {parameters / 1e6:.2f} M parameters, vocabulary of {vocab_size}")
     return 0
 
