@@ -211,7 +211,10 @@ def main() -> int:
     elif installed_version("rich"):
         show(kind, found, deviations, machine)
     if off:
-        print(f"doctor: off: {', '.join(off)}. 'bash script/setup.sh {kind}' sets the packages right.", file=sys.stderr)
+        print(
+            f"doctor: off: {', '.join(off)}. 'FORCE=1 bash script/setup.sh {kind}' sets the packages right.",
+            file=sys.stderr,
+        )
     return 1 if off else 0
 
 

@@ -13,6 +13,7 @@ Makes .venv (Python 3.11 or 3.12) from requirements/cpu.lock or gpu.lock, instal
 script/doctor.py. pip's own settings (index, extra indexes, find-links, certificate) are followed.
 
   BASE_PYTHON=PATH      the Python to build on; otherwise the first of python3.11, python3.12, python3 that fits
+  FORCE=1               install again although the lock has not changed
   TORCH_INDEX_URL=URL   take the CPU builds of torch from this package index: 4 GB less on the disk (cpu only)
 EOF
 }
@@ -45,20 +46,27 @@ find_python() {
   die "no Python 3.11 or 3.12 with the venv module on PATH. Install one (Debian, Ubuntu: python3.11-venv) or set BASE_PYTHON."
 }
 
-# uv does not read pip's configuration: the same settings under uv's names, so that a site's mirror serves here too.
+# uv does not read pip's configuration: the same settings under uv's names, so that a site's mirror serves here too. The
+# main index comes before the extra ones, because uv takes a version's files from the first index that has it.
 follow_pip_settings() {
-  local key value
-  while IFS='=' read -r key value; do
-    value="${value#\'}" value="${value%\'}"
-    case "${key##*.}" in
-      index-url) export UV_DEFAULT_INDEX="$value" ;;
-      extra-index-url) export UV_INDEX="${value//$'\n'/ }" UV_INDEX_STRATEGY=unsafe-best-match ;;
-      find-links) export UV_FIND_LINKS="${value//[$' \n']/,}" ;;
-      no-index) export UV_NO_INDEX="$value" ;;
-      trusted-host) export UV_INSECURE_HOST="${value//$'\n'/ }" ;;
-      cert) export SSL_CERT_FILE="$value" ;;
-    esac
-  done < <("$VENV/bin/python" -m pip config list)
+  local section key value settings main extra=''
+  settings="$("$VENV/bin/python" -m pip config list)"
+  main="$("$VENV/bin/python" -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')"
+  for section in global install :env:; do
+    while IFS='=' read -r key value; do
+      value="${value#\'}" value="${value%\'}" value="${value//\\n/ }"
+      case "$key" in
+        "$section.index-url") main="$value" ;;
+        "$section.extra-index-url") extra="$value" ;;
+        "$section.find-links") export UV_FIND_LINKS="${value// /,}" ;;
+        "$section.no-index") export UV_NO_INDEX="$value" ;;
+        "$section.trusted-host") export UV_INSECURE_HOST="$value" ;;
+        "$section.cert") export SSL_CERT_FILE="$value" ;;
+      esac
+    done <<< "$settings"
+  done
+  export UV_DEFAULT_INDEX="$main"
+  [[ -z "$extra" ]] || export UV_INDEX="$main $extra" UV_INDEX_STRATEGY=unsafe-best-match
 }
 
 # The lock without torch's own packages, for TORCH_INDEX_URL.
@@ -82,7 +90,7 @@ install_lock() {
 }
 
 wanted="$kind $(cat "$lock" "$ROOT/setup.cfg" | sha256sum | cut -d' ' -f1) ${TORCH_INDEX_URL:-}"
-if [[ "$(cat "$STAMP" 2>/dev/null)" == "$wanted" ]]; then
+if [[ "$FORCE" != 1 && "$(cat "$STAMP" 2>/dev/null)" == "$wanted" ]]; then
   note "setup: $VENV is as the lock says"
 else
   [[ ! -x "$VENV/bin/python" ]] || fits "$VENV/bin/python" || die "$VENV holds another Python than 3.11 or 3.12. Remove it."
