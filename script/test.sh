@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every check of this repository: set-up, shell and Python lint, types, then the tests.
+#
+#   bash script/test.sh [LAYER ...] [-- WORDS]     LAYER: lint unit plugin chain; without one: all of them
+#
+# unit takes seconds and loads no framework; plugin runs the real frameworks on a tiny model; chain runs the whole recipe
+# and kills it half-way. WORDS go on to pytest.
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+layers=()
+while (($#)); do
+  case "$1" in
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+    lint | unit | plugin | chain) layers+=("$1"); shift ;;
+    --) shift; break ;;
+    *) die "no layer '$1'; the layers are lint unit plugin chain" 2 ;;
+  esac
+done
+((${#layers[@]})) || layers=(lint unit plugin chain)
+
+lint() {
+  local scripts
+  mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
+  run "${PYTHON%/*}/shellcheck" "${scripts[@]}"
+  run "${PYTHON%/*}/ruff" check .
+  run "${PYTHON%/*}/ruff" format --check .
+  run "${PYTHON%/*}/pyright" --pythonpath "$PYTHON"
+}
+
+cd "$ROOT"
+bash script/setup.sh cpu
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+paths=()
+for layer in "${layers[@]}"; do
+  if [[ "$layer" == lint ]]; then lint; else paths+=("tests/$layer"); fi
+done
+((${#paths[@]} == 0)) || run "$PYTHON" -m pytest --durations 15 "${paths[@]}" "$@"
