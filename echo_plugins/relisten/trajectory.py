@@ -152,6 +152,7 @@ class Trajectory:
         self._encode = encode
         self._count_audio_tokens = count_audio_tokens
         self._scanned = 0  # tags that end in engine_response_ids[: _scanned] are recorded; each token is read once
+        self._carry = ""  # what a straddling token held after its tag, where it was left in: `><` opens the next tag
         self.response_ids: list[int] = []
         self.response_mask: list[int] = []
         self.response_logprobs: list[float] | None = []
@@ -240,11 +241,11 @@ class Trajectory:
         """
         unread = self.engine_response_ids[self._scanned :]
         self._scanned = len(self.engine_response_ids)
-        text = self._decode(unread)
+        text = self._carry + self._decode(unread)
         tags = find_tags(text)
         if not tags:
             return False
-        before = self._decode(unread[:-1])
+        before = self._carry + self._decode(unread[:-1])
         paused = pauses and len(find_tags(before)) < len(tags)
         for tag in tags[:-1] if paused else tags:
             self._record(text, tag, self._pass_over(tag, pauses), straddled=False)
@@ -252,6 +253,7 @@ class Trajectory:
             tag = tags[-1]
             closing = text[len(before) : tag.end] if text.startswith(before) else None
             straddled = tag.end < len(text)
+            self._carry = text[tag.end :]
             outcome = self._resolve(tag)
             if isinstance(outcome, Segment):
                 outcome = self._insert(outcome, closing if straddled else None)
@@ -294,6 +296,7 @@ class Trajectory:
         if num_tokens < 1:
             return Refusal.TOO_SHORT
         if plain:
+            self._carry = ""
             for stream in (self.response_ids, self.response_mask, self.engine_response_ids):
                 stream.pop()
             if self.response_logprobs is not None:
