@@ -65,7 +65,7 @@ prepare_data() {
 stage_data() {
   local inputs=() file
   for file in "${AUDIO_QA:-}" "${SFT_AUDIO_QA:-}" "${RL_AUDIO_QA:-}" "${VAL_AUDIO_QA:-}" "$RECIPE_DIR"/*.py; do
-    [[ -f "$file" ]] && inputs+=(--input "$file")
+    if [[ -f "$file" && "$file" != "$DATA_DIR"/* ]]; then inputs+=(--input "$file"); fi
   done
   stage data --output "$DATA_DIR" "${inputs[@]}" --setting SFT_MODE --setting '*_HOLDOUT' --setting 'DATA_*' \
     --setting 'TINY_*' --setting SEED --setting AUDIO_ROOT -- prepare_data

@@ -1,0 +1,51 @@
+"""Rows held out for evaluation: divided by recording, always in the same way, nothing lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def hold(source: Path, rows: int) -> tuple[subprocess.CompletedProcess[str], list[dict], list[dict]]:
+    held, rest = source.with_name("held.jsonl"), source.with_name("rest.jsonl")
+    command = [sys.executable, "-m", "converters.holdout", str(source), "--rows", str(rows)]
+    done = subprocess.run(
+        [*command, "--held", str(held), "--rest", str(rest)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    return done, rows_of(held), rows_of(rest)
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [orjson.loads(line) for line in file.open("rb")] if file.exists() else []
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Sixty rows about twenty recordings; the last line has no newline."""
+    rows = [orjson.dumps({"id": str(number), "audio": f"{number % 20}.wav"}) for number in range(60)]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(rows))
+    return tmp_path / "in.jsonl"
+
+
+def test_no_recording_is_on_both_sides_and_no_row_is_lost(source: Path) -> None:
+    done, held, rest = hold(source, 10)
+    assert done.returncode == 0, done.stderr
+    assert 10 <= len(held) < 13, "whole recordings of three rows each, as few as needed"
+    assert not {row["audio"] for row in held} & {row["audio"] for row in rest}
+    assert sorted(int(row["id"]) for row in [*held, *rest]) == list(range(60))
+
+
+def test_the_order_of_the_rows_does_not_matter(source: Path) -> None:
+    _, held, _ = hold(source, 10)
+    source.write_bytes(b"\n".join(reversed(source.read_bytes().split(b"\n"))))
+    assert {row["id"] for row in hold(source, 10)[1]} == {row["id"] for row in held}
+
+
+def test_holding_everything_is_refused_and_writes_nothing(source: Path) -> None:
+    done, held, rest = hold(source, 60)
+    assert done.returncode == 1 and "would leave none" in done.stderr
+    assert not held and not rest
