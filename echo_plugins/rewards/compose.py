@@ -151,7 +151,7 @@ def _find(spec: str, preset: Path) -> tuple[str, Term]:
         module = _load_file(preset.parent / module_name) if ":" in spec else importlib.import_module(module_name)
     except (ImportError, OSError, SyntaxError) as error:
         raise PresetError(f"{preset}: cannot load the reward term {spec}: {error}") from error
-    function: Any = getattr(module, attribute, None)
+    function: Term | None = getattr(module, attribute, None)
     if not callable(function):
         raise PresetError(f"{preset}: {module_name} has no function {attribute}")
     return attribute, function
