@@ -90,11 +90,14 @@ def packages(kind: str) -> list[Package]:
 
 def other_deviations(kind: str) -> list[str]:
     """`name installed (locked version)` for what the lock pins below setup.cfg and the environment has otherwise."""
-    chosen = pins((ROOT / "setup.cfg").read_text(), kind)
+    chosen = {name.lower() for name in pins((ROOT / "setup.cfg").read_text(), kind)}
+    cpu_build = (installed_version("torch") or "").endswith("+cpu")  # it comes without NVIDIA's libraries
     deviations = []
     for match in LOCKED.finditer((ROOT / "requirements" / f"{kind}.lock").read_text()):
         installed = installed_version(match["name"])
-        if match["name"] not in {name.lower() for name in chosen} and not same_version(installed, match["version"]):
+        if match["name"] in chosen or (cpu_build and match["name"].startswith(("nvidia-", "cuda-", "triton"))):
+            continue
+        if not same_version(installed, match["version"]):
             deviations.append(f"{match['name']} {installed or 'missing'} (locked {match['version']})")
     return deviations
 
