@@ -26,6 +26,8 @@ _TOLERATED_MISSING_FRAMES = 4 * 1152
 # Below this share of the loudest channel's energy the mean of the channels has cancelled (antiphase stereo).
 _CANCELLED_ENERGY = 1e-4
 
+_MAX_OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # header, lacing values, payload (RFC 3533)
+
 _FRAGMENT = re.compile(r"(.+)#t=([0-9]+(?:\.[0-9]+)?),([0-9]+(?:\.[0-9]+)?)", re.DOTALL)
 
 AudioSource = str | os.PathLike[str] | bytes | BinaryIO
@@ -108,8 +110,8 @@ def format_fragment(path: str, start_seconds: float, end_seconds: float) -> str:
 def resolve_path(audio_root: str | os.PathLike[str], relative: str) -> Path:
     """The file that a row names, under `audio_root`.
 
-    Raises OutsideRootError when it leaves that root (`..`, an absolute path, a symbolic link), AudioError when it is not
-    a file or cannot be a path at all.
+    Raises OutsideRootError when it leaves that root (`..`, an absolute path, a symbolic link), AudioError when it is
+    not a file or cannot be a path at all.
     """
     root = Path(audio_root).resolve()
     try:
@@ -171,6 +173,7 @@ def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
         else:
             stream = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
         _refuse_cut_wav(stream, name)
+        _refuse_cut_ogg(stream, name)
         try:
             with soundfile.SoundFile(stream) as file:
                 declared, rate = file.frames, file.samplerate
@@ -206,6 +209,20 @@ def _refuse_cut_wav(stream: BinaryIO, name: str) -> None:
                     )
                 break
             position += 8 + length + length % 2
+    stream.seek(start)
+
+
+def _refuse_cut_ogg(stream: BinaryIO, name: str) -> None:
+    """Ogg declares no length: libsndfile takes the last page it finds for the end. A whole stream marks that page."""
+    start = stream.tell()
+    if stream.read(4) == b"OggS":
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(max(start, size - _MAX_OGG_PAGE_BYTES))
+        tail = stream.read()
+        page = tail[max(0, tail.rfind(b"OggS\0")) :]
+        lacing = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        if not page[5:6] or not page[5] & 4 or len(page) < 27 + len(lacing) + sum(lacing):
+            raise AudioError(f"{name}: cut off, its last page does not end the stream. Whole? ffmpeg -i IN OUT.flac")
     stream.seek(start)
 
 
