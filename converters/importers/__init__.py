@@ -1,1 +1,1 @@
-"""One small file a source format. Each is a command: python -m converters.importers.NAME IN OUT.jsonl --audio-root DIR."""
+"""One small file a source format, each a command: python -m converters.importers.NAME IN OUT.jsonl --audio-root DIR"""

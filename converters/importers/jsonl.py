@@ -91,9 +91,10 @@ def record_of(row: object, fields: Mapping[str, str], form: AnswerForm, root: Pa
         raise RowError(Reason.NOT_AN_OBJECT, f"a row is a JSON object, this is a {type(row).__name__}")
     keys = {name: fields.get(name, name) for name in FIELDS[:-1]}
     found = {name: _choices(row, key) if name == "choices" else _look_up(row, key) for name, key in keys.items()}
-    found["meta"] = {key: row[key] for key in row if key not in keys.values() and key != "meta"} | (
-        row["meta"] if isinstance(row.get("meta"), dict) else {}
-    )
+    taken = {part.strip() for key in keys.values() for part in (key, *key.split(","))}
+    found["meta"] = {key: value for key, value in row.items() if key not in taken}
+    if isinstance(row.get("meta"), dict):
+        found["meta"] |= found["meta"].pop("meta", {})
     if found["id"] is None:
         found["id"] = default_id
     if isinstance(found["audio"], str):
