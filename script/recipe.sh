@@ -94,15 +94,37 @@ stage_merge() {
 }
 
 stage_infer() {
-  stage infer --output "$EVAL_DIR" --input "$MERGED_DIR" --setting 'EVAL_*' --setting BENCHMARKS --setting BENCHMARK_ROOT \
+  local inputs=(--input "$MERGED_DIR")
+  if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then inputs+=(--input "$EVAL_AUDIO_QA"); fi
+  stage infer --output "$EVAL_DIR" "${inputs[@]}" --setting 'EVAL_*' --setting BENCHMARKS --setting BENCHMARK_ROOT \
     --setting '*_SEGMENT*' --setting SEED --setting WORDS_TEXT -- infer
 }
 
 infer() {
-  env MODEL="$MERGED_DIR" OUTPUT_DIR="$EVAL_DIR" bash "$ROOT/script/inference.sh" "${WORDS[@]}"
+  local name
+  if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then
+    name="$(basename "$EVAL_AUDIO_QA" .jsonl)"
+    env MODEL="$MERGED_DIR" AUDIO_QA="$EVAL_AUDIO_QA" OUTPUT_DIR="$EVAL_DIR/$name" \
+      bash "$ROOT/script/inference.sh" "${WORDS[@]}"
+  fi
+  for name in ${BENCHMARKS:-}; do
+    env -u AUDIO_QA MODEL="$MERGED_DIR" BENCHMARK="$name" BENCHMARK_ROOT="${BENCHMARK_ROOT:?holds a folder for each of $BENCHMARKS}/$name" \
+      OUTPUT_DIR="$EVAL_DIR/$name" bash "$ROOT/script/inference.sh" "${WORDS[@]}"
+  done
 }
 
 stage_score() {
+  local name mode names=()
+  if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then names+=("$(basename "$EVAL_AUDIO_QA" .jsonl)"); fi
+  # shellcheck disable=SC2206  # names are separated by blanks
+  names+=(${BENCHMARKS:-})
+  if [[ "$DRY_RUN" == 1 ]]; then printf '\n# stage score\n'; fi
+  for name in "${names[@]}"; do
+    for mode in $EVAL_MODES; do
+      require "$EVAL_DIR/$name/$mode.jsonl" "Run the stage infer first."
+      run "$PYTHON" -m eval.score "$EVAL_DIR/$name/$mode.jsonl" --json "$EVAL_DIR/$name/$mode.json" --rows "$EVAL_DIR/$name/$mode.rows.jsonl"
+    done
+  done
   run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
 }
 
