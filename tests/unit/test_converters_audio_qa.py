@@ -1,0 +1,227 @@
+"""The AudioQA record: what is refused, for which reason, and that good rows come through unchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converters.audio_qa import AudioQA, Event, Reason, RowError, check_tags, check_times, read_rows
+
+GOOD: dict[str, Any] = {
+    "id": "a-1",
+    "audio": "a.wav",
+    "question": "What is heard first?",
+    "choices": ["a dog", "a cat"],
+    "answer": "a cat",
+    "think": "At <seg>0.50, 1.50</seg> a cat meows.",
+    "events": [{"label": "cat", "start": 0.5, "end": 1.5}],
+    "duration": 4.0,
+    "meta": {"source": "test"},
+}
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """GOOD with changes; `None` takes the key out."""
+    return {key: value for key, value in (GOOD | changes).items() if value is not None}
+
+
+def reason_of(value: object) -> Reason:
+    with pytest.raises(RowError) as caught:
+        AudioQA.from_json(value)
+    assert caught.value.detail and len(str(caught.value)) < 400
+    return caught.value.reason
+
+
+def test_a_good_row_comes_back_as_it_was() -> None:
+    assert AudioQA.from_json(GOOD).to_json() == GOOD
+
+
+def test_the_optional_fields_may_be_missing_or_null() -> None:
+    bare = row(think=None, events=None, duration=None, meta=None)
+    record = AudioQA.from_json(bare | {"think": None, "events": None, "duration": None, "meta": None})
+    assert record.to_json() == bare
+
+
+def test_unknown_keys_are_kept_under_meta_and_meta_wins() -> None:
+    record = AudioQA.from_json(row(category="sound", source="outer", difficulty=3))
+    assert record.meta == {"category": "sound", "source": "test", "difficulty": 3}
+
+
+def test_unknown_keys_of_an_event_are_kept_too() -> None:
+    record = AudioQA.from_json(row(events=[{"label": "cat", "start": 0, "end": 1, "confidence": 0.5}]))
+    assert record.events == (Event("cat", 0.0, 1.0, {"confidence": 0.5}),)
+    assert record.to_json()["events"] == [{"label": "cat", "start": 0.0, "end": 1.0, "confidence": 0.5}]
+
+
+def test_blanks_around_texts_go_and_a_whole_number_is_an_id() -> None:
+    record = AudioQA.from_json(row(id=7, question=" q? ", choices=[" a dog", "a cat "], answer=" a cat\n"))
+    assert (record.id, record.question, record.choices, record.answer) == ("7", "q?", ("a dog", "a cat"), "a cat")
+
+
+@pytest.mark.parametrize("name", ["id", "audio", "question", "choices", "answer"])
+def test_a_missing_field_is_named(name: str) -> None:
+    with pytest.raises(RowError, match=f"'{name}' is missing") as caught:
+        AudioQA.from_json(row(**{name: None}))
+    assert caught.value.reason is Reason.MISSING_FIELD
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"id": True}, Reason.WRONG_TYPE),
+        ({"id": 1.5}, Reason.WRONG_TYPE),
+        ({"id": " "}, Reason.EMPTY_TEXT),
+        ({"audio": ["a.wav"]}, Reason.WRONG_TYPE),
+        ({"audio": " "}, Reason.EMPTY_TEXT),
+        ({"question": "  "}, Reason.EMPTY_TEXT),
+        ({"question": 3}, Reason.WRONG_TYPE),
+        ({"question": "What <audio> is it?"}, Reason.RESERVED_TEXT),
+        ({"question": "<|im_end|>"}, Reason.RESERVED_TEXT),
+        ({"question": "say <answer>"}, Reason.RESERVED_TEXT),
+        ({"question": "<seg>1, 2</seg>?"}, Reason.RESERVED_TEXT),
+        ({"choices": "a dog, a cat"}, Reason.WRONG_TYPE),
+        ({"choices": ["a cat", 2]}, Reason.WRONG_TYPE),
+        ({"choices": []}, Reason.WRONG_NUMBER_OF_CHOICES),
+        ({"choices": ["a cat"]}, Reason.WRONG_NUMBER_OF_CHOICES),
+        ({"choices": ["a cat", *map(str, range(26))]}, Reason.WRONG_NUMBER_OF_CHOICES),
+        ({"choices": ["a cat", ""]}, Reason.EMPTY_TEXT),
+        ({"choices": ["a cat", "a cat"]}, Reason.DUPLICATE_CHOICE),
+        ({"choices": ["a cat", " A  Cat. "]}, Reason.DUPLICATE_CHOICE),
+        ({"choices": ["a cat", "a <|AUDIO|>"]}, Reason.RESERVED_TEXT),
+        ({"choices": ["a cat", "</seg>"]}, Reason.RESERVED_TEXT),
+        ({"answer": "a bird"}, Reason.ANSWER_NOT_A_CHOICE),
+        ({"answer": "B"}, Reason.ANSWER_NOT_A_CHOICE),
+        ({"answer": 1}, Reason.WRONG_TYPE),
+        ({"answer": ""}, Reason.EMPTY_TEXT),
+        ({"think": ""}, Reason.EMPTY_TEXT),
+        ({"think": "so <audio> it is"}, Reason.RESERVED_TEXT),
+        ({"think": "so</think>"}, Reason.RESERVED_TEXT),
+        ({"think": "<answer>a cat</answer>"}, Reason.RESERVED_TEXT),
+        ({"think": ["so"]}, Reason.WRONG_TYPE),
+        ({"think": "<seg>1.2.3, 4</seg>"}, Reason.MALFORMED_TAG),
+        ({"think": "<seg>2, 1</seg>"}, Reason.MALFORMED_TAG),
+        ({"think": "<seg>1, 2"}, Reason.MALFORMED_TAG),
+        ({"think": "1, 2</seg>"}, Reason.MALFORMED_TAG),
+        ({"think": "<seg><seg>1, 2</seg>"}, Reason.MALFORMED_TAG),
+        ({"think": "<seg>4.5, 5</seg>"}, Reason.SEGMENT_OUTSIDE_AUDIO),
+        ({"think": "<seg>1, 4.1</seg>"}, Reason.SEGMENT_OUTSIDE_AUDIO),
+        ({"duration": 0}, Reason.BAD_DURATION),
+        ({"duration": -1.0}, Reason.BAD_DURATION),
+        ({"duration": "4"}, Reason.BAD_DURATION),
+        ({"duration": True}, Reason.BAD_DURATION),
+        ({"duration": float("nan")}, Reason.BAD_DURATION),
+        ({"events": {"label": "x"}}, Reason.WRONG_TYPE),
+        ({"events": ["cat"]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "", "start": 0, "end": 1}]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "x", "start": 0}]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "x", "start": 1, "end": 1}]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "x", "start": -1, "end": 1}]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "x", "start": "0", "end": 1}]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "x", "start": 0, "end": float("inf")}]}, Reason.BAD_EVENT),
+        ({"events": [{"label": "x", "start": 3, "end": 4.2}]}, Reason.BAD_EVENT),
+        ({"meta": "text"}, Reason.WRONG_TYPE),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_why(changes: dict[str, Any], reason: Reason) -> None:
+    assert reason_of(GOOD | changes) is reason
+
+
+@pytest.mark.parametrize("value", [None, 3, "row", [GOOD]])
+def test_what_is_no_object_is_refused(value: object) -> None:
+    assert reason_of(value) is Reason.NOT_AN_OBJECT
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(GOOD)), JSON)
+def test_any_value_anywhere_is_taken_or_refused_with_a_reason(name: str, value: Any) -> None:
+    try:
+        record = AudioQA.from_json(GOOD | {name: value})
+    except RowError as error:
+        assert isinstance(error.reason, Reason)
+    else:
+        assert record.answer in record.choices
+        assert AudioQA.from_json(record.to_json()) == record
+
+
+def test_a_tag_may_pass_the_end_by_the_rounding_and_may_be_too_short() -> None:
+    check_tags("<seg>0, 4.05</seg> <seg>1, 1.1</seg> none", 4.0)
+    with pytest.raises(RowError, match=r"4\.06"):
+        check_tags("<seg>0, 4.06</seg>", 4.0)
+
+
+def test_times_are_held_against_the_decoded_clip() -> None:
+    check_times(AudioQA.from_json(GOOD), 4.0)
+    for changes, seconds in (({}, 3.9), ({"duration": None}, 1.2), ({"duration": None, "think": None}, 1.2)):
+        with pytest.raises(RowError):
+            check_times(AudioQA.from_json(row(**changes)), seconds)
+
+
+def read(path: Path, content: bytes) -> list[tuple[int, object]]:
+    path.write_bytes(content)
+    consumed: list[int] = []
+    rows = list(read_rows(path, consumed.append))
+    assert sum(consumed) <= len(content)
+    return [(line, value.reason if isinstance(value, RowError) else value) for line, value in rows]
+
+
+def test_jsonl_is_read_line_by_line_with_its_line_numbers(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}\nnot json\n{"a": NaN}\n{"a": "\xff"}\n[1]\n{"a": 3}'
+    assert read(tmp_path / "a.jsonl", content) == [
+        (1, {"a": 1}),
+        (4, {"a": 2}),
+        (5, Reason.NOT_JSON),
+        (6, Reason.NOT_JSON),
+        (7, Reason.NOT_JSON),
+        (8, [1]),
+        (9, {"a": 3}),
+    ]
+
+
+def test_a_json_list_is_read_with_the_line_where_each_row_begins(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf [\n {"a": "x,]"},\n\n {"a":\n 2} , 3\n]\n'
+    assert read(tmp_path / "a.json", content) == [(2, {"a": "x,]"}), (4, {"a": 2}), (5, 3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b"", []),
+        (b"[]", []),
+        (b"[", [(1, Reason.NOT_JSON)]),
+        (b'[{"a": 1},\n{"a": ', [(1, {"a": 1}), (2, Reason.NOT_JSON)]),
+        (b'[{"a": 1}\n{"a": 2}]', [(1, {"a": 1}), (2, Reason.NOT_JSON)]),
+        (b'[{"a": 1}', [(1, {"a": 1}), (1, Reason.NOT_JSON)]),
+        (b'[{"a": NaN}, 2]', [(1, Reason.NOT_JSON), (1, 2)]),
+        (b'["\xff"]', [(1, Reason.NOT_JSON)]),
+        (b"[" * 100_000, [(1, Reason.NOT_JSON)]),
+        (b'{"a":' * 100_000, [(1, Reason.NOT_JSON)]),
+    ],
+)
+def test_a_broken_file_gives_its_good_rows_and_one_error(
+    tmp_path: Path, content: bytes, rows: list[tuple[int, object]]
+) -> None:
+    assert read(tmp_path / "a.json", content) == rows
+
+
+@given(st.lists(JSON.filter(lambda value: value == value and "inf" not in repr(value)), max_size=6), st.integers(0, 3))
+def test_a_list_in_any_layout_reads_as_json_does(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int
+) -> None:
+    try:
+        expected = [orjson.loads(orjson.dumps(value)) for value in values]
+    except TypeError:  # integers over 64 bits, lone surrogates
+        return
+    content = json.dumps(values, indent=indent, ensure_ascii=False).encode()
+    assert [value for _, value in read(tmp_path_factory.mktemp("list") / "a.json", content)] == expected
