@@ -5,13 +5,12 @@ processor, generation_config.json and spk_dict.pt. transformers' full class, its
 
 The tokenizer has Qwen2.5-Omni's special tokens under their own names, and splits the tags as Qwen does: `<seg>` is
 `<` `seg` `>`, `</seg>` is `</` `seg` `>`, and `>` merges with what may follow a tag (`>,` `>.` `></` `><`). A time such
-as `2.50` is one token and a word of --text is one token, so that a model this small can learn to use them.
+as `2.50` and a word of the --text manifests are one token each, so that a model this small can learn to use them.
 
-    python recipes/tiny-cpu/tiny_omni.py --output runs/tiny-omni --text runs/train.jsonl
+    python recipes/tiny-cpu/tiny_omni.py --output runs/tiny-omni --text sft.jsonl
 """
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -32,6 +31,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.utils import logging
+
+from echo_plugins.relisten.prompt import MODES, question_text
 
 # Qwen2.5-Omni's added tokens, in its order (there they are ids 151643 to 151656).
 SPECIAL_TOKENS = (
@@ -72,28 +73,22 @@ HEAD_SIZE = 32  # vLLM's attention on CPU takes heads of 32, 64, 80, ... only
 MAX_POSITIONS = 4096
 
 
-def texts(files: list[Path]) -> Iterator[str]:
-    """What the tokenizer learns its words from: the protocol's own text, then every string in the given files."""
+def texts(manifests: list[Path]) -> Iterator[str]:
+    """What the tokenizer learns its words from: the protocol's own text, then what the manifests ask and answer."""
     yield SYSTEM_PROMPT
     yield TAGS
+    for mode in MODES:
+        yield question_text("", (), mode)
     for step in range(round(TIMES_UNTIL_SECONDS / TIME_STEP_SECONDS)):
         yield f"{step * TIME_STEP_SECONDS:.2f}"
-    for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield from strings(json.loads(line)) if file.suffix == ".jsonl" else (line,)
+    for manifest in manifests:
+        with manifest.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                yield question_text(row["question"], row["choices"], "plain")
+                yield f"<think>{row.get('think') or ''}</think><answer>{row['answer']}</answer>"
 
 
-def strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(strings, value.values()))
-    elif isinstance(value, list):
-        yield from itertools.chain.from_iterable(map(strings, value))
-
-
-def build_tokenizer(vocab_size: int, files: list[Path]) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int, manifests: list[Path]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` tokens, the special ones last as in Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -105,7 +100,7 @@ def build_tokenizer(vocab_size: int, files: list[Path]) -> PreTrainedTokenizerFa
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        texts(files),
+        texts(manifests),
         trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -184,19 +179,20 @@ def build_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
         **small,
         **placeholders,
         "embedding_size": args.hidden_size,
-        "vocab_size": 64,
+        "vocab_size": vocab_size,
         "intermediate_size": HEAD_SIZE,
         "num_key_value_heads": 1,
         "head_dim": HEAD_SIZE,
         "rope_parameters": rope,
+        **{f"tts_text_{name}_token_id": 0 for name in ("start", "end", "pad")},
+        **{f"tts_codec_{name}_token_id": 0 for name in ("start", "end", "pad", "mask")},
     }
-    del talker["vision_start_token_id"], talker["vision_end_token_id"]
     token2wav = {
         "dit_config": {
             **small,
             "head_dim": HEAD_SIZE,
             "emb_dim": 16,
-            "num_embeds": 65,
+            "num_embeds": vocab_size + 1,
             "mel_dim": 16,
             "enc_emb_dim": 16,
             "enc_dim": 16,
@@ -259,7 +255,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already there")
     parser.add_argument(
-        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="where the tokenizer learns its words (.jsonl)"
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="AudioQA rows to learn words from"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, default=1024, help="at most this many tokens (default %(default)s)")
