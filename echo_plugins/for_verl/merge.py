@@ -266,7 +266,7 @@ def _check_space(folder: Path, base: BaseModel, dtype: torch.dtype | None) -> No
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     """The configuration with `dtype` set for the thinker and its parts; talker and token2wav keep theirs."""
-    changed = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": name}
+    changed: dict[str, Any] = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": name}
     for part in ("thinker_config", "text_config", "audio_config", "vision_config"):
         if isinstance(changed.get(part), dict):
             changed[part] = _with_dtype(changed[part], name)
