@@ -186,9 +186,8 @@ def read_rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int,
     list is read into memory as text, and its rows are parsed one by one.
     """
     with path.open("rb") as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        stream.seek(0)
-        if start.startswith(b"["):
+        # A look ahead, not a seek: the source may be a pipe.
+        if stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _read_list(stream.read(), advance)
             return
         for number, line in enumerate(stream, start=1):

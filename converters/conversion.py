@@ -296,7 +296,7 @@ def progress(source: Path) -> Iterator[Callable[[int], None]]:
     name, percent = TextColumn("{task.description}"), TextColumn("{task.percentage:>3.0f}%")
     columns = (name, BarColumn(), percent, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task: TaskID = bar.add_task(source.name, total=source.stat().st_size)
+        task: TaskID = bar.add_task(source.name, total=source.stat().st_size or None)
         waiting = 0
 
         def advance(num_bytes: int) -> None:
