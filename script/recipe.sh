@@ -42,9 +42,6 @@ Every variable of recipes/$RECIPE/recipe.env can be given from the environment.
 EOF
 }
 
-# A model is a directory, whose content decides whether a stage runs again, or a name on the hub.
-input_model() { if [[ -d "$1" ]]; then printf '%s\n' --input "$1"; fi; }
-
 make_audio_qa() { :; }
 
 prepare_data() {
@@ -72,9 +69,7 @@ stage_data() {
 }
 
 stage_sft() {
-  local model
-  mapfile -t model < <(input_model "$BASE_MODEL")
-  stage sft --output "$SFT_DIR" --input "$DATA_DIR/sft-rows.jsonl" "${model[@]}" --setting BASE_MODEL --setting 'SFT_*' \
+  stage sft --output "$SFT_DIR" --input "$DATA_DIR/sft-rows.jsonl" --input "$BASE_MODEL" --setting 'SFT_*' \
     --setting NUM_GPUS --setting DEVICE --setting SEED --setting WORDS_TEXT -- \
     env MODEL="$BASE_MODEL" TRAIN_FILE="$DATA_DIR/sft-rows.jsonl" OUTPUT_DIR="$SFT_DIR" \
     bash "$ROOT/script/stage1_ground_reason.sh" "${WORDS[@]}"
