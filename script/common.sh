@@ -24,13 +24,14 @@ require() {
   [[ "$DRY_RUN" == 1 || -e "$1" ]] || die "$1 does not exist. $2"
 }
 
-# One word a line after the first, so that sixty overrides can be read; the whole can be pasted into a shell.
+# An option or override a line, so that sixty of them can be read; the whole can be pasted into a shell.
 print_command() {
-  local word plain='^[A-Za-z0-9_./:=+,@%-]+$' separator=''
+  local word begins='^(--|\+|[a-z_.]+=)' plain='^[A-Za-z0-9_./:=+,@%-]+$' separator=''
   for word in "$@"; do
+    [[ -n "$separator" && "$word" =~ $begins ]] && separator=$' \\\n  '
     [[ "$word" =~ $plain ]] || word="${word@Q}"
     printf '%s%s' "$separator" "$word"
-    separator=$' \\\n  '
+    separator=' '
   done
   printf '\n'
 }
@@ -47,9 +48,10 @@ run() {
 # stage NAME --output DIR [--input PATH]... [--setting GLOB]... -- COMMAND...
 # Runs COMMAND unless the manifest RUN_DIR/manifests/NAME.json says that it finished with the same inputs and the same
 # values of every variable that a GLOB names. A killed stage is given the same command again and goes on by its own
-# means; where inputs or settings changed, DIR is first set aside as DIR.old-N, so that nothing is mixed and nothing lost.
+# means; where inputs or settings changed, DIR is first set aside as DIR.old-N: nothing is mixed and nothing lost.
 stage() {
-  local name="$1" manifest="${RUN_DIR:?is the folder of the recipe\'s outputs}/manifests/$1.json" options=() variable status
+  local name="$1" options=() variable status
+  local manifest="${RUN_DIR:?is the folder that a recipe writes to}/manifests/$name.json"
   shift
   while [[ "$1" != -- ]]; do
     case "$1" in
