@@ -1,0 +1,332 @@
+"""The inference engine: vLLM, many trajectories at once, each through the same turn step as the RL rollout.
+
+CPU and GPU run the same code; only the defaults of `EngineSettings` differ. One engine a process.
+
+    async with running_engine(EngineSettings(model=model_dir, device="cpu")) as engine:
+        outcomes = await asyncio.gather(*(engine.answer(question, sampling) for question in questions))
+
+What goes wrong with one row (its audio, its length, a request that vLLM refuses) is data: an outcome with stop reason
+`error`. An engine that died is an EngineDied, which ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from echo_plugins import audio
+from echo_plugins.model import family_of, hop_length
+from echo_plugins.relisten.prompt import Mode, question_text
+from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
+from echo_plugins.relisten.trajectory import Attempt, Settings, StopReason, Trajectory, Turn, expand_placeholders
+
+# A process in which others have used torch may hold OpenMP threads, which do not survive a fork.
+_TORCH_WAS_THERE = "torch" in sys.modules
+
+# Set before vLLM is imported, where the user has not set them.
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",  # ms-swift registers one, and importing it takes longer than a tiny model takes to load
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# With fork (see `_start`) these bring the start on two cores from 154 CPU seconds to 30.
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding to cores is for a machine of one's own
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker in the engine's process: torch is imported once less
+    "TORCH_COMPILE_DISABLE": "1",  # vLLM's sampler compiles even when eager: a C++ compiler, and six Pythons to probe
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+_DECODER_THREADS = 4  # soundfile and soxr release the GIL
+
+
+class EngineDied(RuntimeError):
+    """The engine process is gone: nothing more can be answered. Rows that are done are done."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How vLLM is set up. None is vLLM's own default; `extra` goes to its AsyncEngineArgs as it is."""
+
+    model: str
+    device: Literal["cpu", "cuda"]
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    max_clips: int = 1 + MAX_SEGMENTS  # the source and what is inserted
+    max_num_seqs: int | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+    gpu_memory_utilization: float = 0.9
+    cpu_kv_cache_gib: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def concurrency(self) -> int:
+        """Rows in flight: what the engine runs at once, and some whose audio is being decoded meanwhile."""
+        return self.num_seqs + _DECODER_THREADS
+
+    @property
+    def num_seqs(self) -> int:
+        return self.max_num_seqs or (32 if self.device == "cpu" else 128)
+
+    def engine_args(self) -> dict[str, Any]:
+        """The arguments of vLLM's AsyncEngineArgs."""
+        args: dict[str, Any] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "max_num_seqs": self.num_seqs,
+            "max_model_len": self.max_model_len,
+            "seed": self.seed,
+            "limit_mm_per_prompt": {"audio": self.max_clips, "image": 0, "video": 0},
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",  # as in RL: after temperature and bias
+            "disable_log_stats": True,
+        }
+        if self.device == "cpu":
+            args |= {
+                "block_size": 32,  # vLLM's CPU attention wants a multiple of 32; a turn reuses whole blocks only
+                "enforce_eager": True,
+                "skip_mm_profiling": True,
+                "kv_cache_memory_bytes": int(self.cpu_kv_cache_gib * 2**30),
+                "mm_processor_cache_gb": 1,
+            }
+        else:
+            args["gpu_memory_utilization"] = self.gpu_memory_utilization
+        return args | dict(self.extra)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rows are answered. `max_tokens` counts sampled and inserted tokens of a response."""
+
+    mode: Mode = "interleaved"
+    seed: int = 0
+    temperature: float = 0.7  # the paper, section 5
+    top_p: float = 1.0
+    max_tokens: int = 2048
+    max_segments: int = MAX_SEGMENTS
+    min_segment_seconds: float = MIN_SEGMENT_SECONDS
+    straddle: Literal["cut", "keep"] = "cut"
+
+    def turn_settings(self, max_response_tokens: int) -> Settings:
+        return Settings(
+            max_response_tokens,
+            max_segments=self.max_segments,
+            min_segment_seconds=self.min_segment_seconds,
+            straddle=self.straddle,
+            relisten=self.mode == "interleaved",
+        )
+
+    def turn_seed(self, row_id: str, num_turns: int) -> int:
+        """From the run's seed, the row and its turn alone, so that neither order nor company changes a result."""
+        name = json.dumps([self.seed, row_id, num_turns])
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row to answer. `audio` is relative to `audio_root`, and may not leave it."""
+
+    id: str
+    audio_root: str
+    audio: str
+    question: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a question. `seconds` from the start of decoding its audio to its last token."""
+
+    response: str
+    attempts: tuple[Attempt, ...]
+    stop_reason: StopReason
+    error: str | None
+    num_sampled_tokens: int
+    num_inserted_tokens: int
+    seconds: float
+
+
+@contextlib.asynccontextmanager
+async def running_engine(settings: EngineSettings) -> AsyncIterator[Engine]:
+    """Start vLLM, yield the Engine, and shut it down. Raises RuntimeError when this process has one already."""
+    global _running
+    if _running:
+        raise RuntimeError("this process has an engine already; vLLM takes one a process")
+    _running = True
+    llm = None
+    try:
+        llm = _start(settings)
+        yield Engine(llm, settings)
+    finally:
+        _running = False
+        if llm is not None:
+            llm.shutdown()
+
+
+_running = False
+
+
+def _start(settings: EngineSettings) -> Any:
+    on_cpu = settings.device == "cpu"
+    for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
+        os.environ.setdefault(name, value)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    config = AsyncEngineArgs(**settings.engine_args()).create_engine_config()
+    if on_cpu and not _TORCH_WAS_THERE:
+        # vLLM has just asked for spawn, for the sake of its thread binding. A fork need not import torch once more.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=bool(settings.engine_args()["disable_log_stats"]))
+
+
+class Engine:
+    """Answers questions. Made by `running_engine`; safe for any number of concurrent calls on one event loop."""
+
+    def __init__(self, llm: Any, settings: EngineSettings) -> None:
+        self._llm = llm
+        self._family = family_of(settings.model)
+        self._hop_length = hop_length(settings.model)
+        self._max_model_len = llm.model_config.max_model_len
+        self._processor = llm.renderer.get_mm_processor().info.get_hf_processor()
+        extractor = audio.pad_to_longest(self._processor.feature_extractor)
+        self._max_samples = extractor.n_samples
+        self._tokenizer = llm.get_tokenizer()
+        self._ids = self._family.special_ids(self._tokenizer, settings.model)
+        self._bias = dict.fromkeys(self._family.banned_ids(self._tokenizer), -100.0)  # vLLM's lowest
+        self._decoders = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio")
+
+    async def answer(self, question: Question, sampling: Sampling) -> Outcome:
+        """One question through all its turns. Raises EngineDied, and for nothing that the row did."""
+        started = time.monotonic()
+        try:
+            waveform, name = await asyncio.get_running_loop().run_in_executor(self._decoders, _load, question)
+            trajectory = self.trajectory(question, len(waveform), sampling)
+        except ValueError as error:  # AudioError, or a prompt that does not fit
+            return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
+        await self.run(trajectory, waveform, name, question.id, sampling)
+        sampled = sum(trajectory.response_mask)
+        return Outcome(
+            trajectory.text(),
+            tuple(trajectory.attempts),
+            trajectory.stop_reason or StopReason.ERROR,
+            trajectory.error,
+            sampled,
+            len(trajectory.response_mask) - sampled,
+            time.monotonic() - started,
+        )
+
+    def trajectory(self, question: Question, num_samples: int, sampling: Sampling) -> Trajectory:
+        """The turn step of a question about a clip of `num_samples`. Raises ValueError when it does not fit."""
+        if num_samples > self._max_samples:
+            limit, seconds = self._max_samples / audio.SAMPLING_RATE, num_samples / audio.SAMPLING_RATE
+            raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
+        prompt = self.prompt_ids(question, sampling.mode)
+        num_tokens = len(expand_placeholders(prompt, self._ids.audio, [self.count_audio_tokens(num_samples)]))
+        room = self._max_model_len - num_tokens
+        if room < 1:
+            raise ValueError(f"the prompt has {num_tokens} tokens and the engine takes {self._max_model_len}")
+        return Trajectory(
+            prompt,
+            num_samples,
+            audio.SAMPLING_RATE,
+            self._ids,
+            sampling.turn_settings(min(sampling.max_tokens, room)),
+            decode=self._decode,
+            encode=self._encode,
+            count_audio_tokens=self.count_audio_tokens,
+        )
+
+    async def run(
+        self, trajectory: Trajectory, waveform: np.ndarray, name: str, row_id: str, sampling: Sampling
+    ) -> None:
+        """Drive a trajectory to its end. `name` identifies the waveform's content to vLLM's caches."""
+        while (turn := trajectory.next_turn()) is not None:
+            clips = [waveform, *(audio.crop(waveform, c.start_sample, c.end_sample) for c in trajectory.clips)]
+            names = [name, *(f"{name}:{c.start_sample}-{c.end_sample}" for c in trajectory.clips)]
+            await self._turn(trajectory, turn, clips, names, row_id, sampling)
+
+    async def _turn(
+        self,
+        trajectory: Trajectory,
+        turn: Turn,
+        clips: Sequence[np.ndarray],
+        names: Sequence[str],
+        row_id: str,
+        sampling: Sampling,
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.turn_seed(row_id, trajectory.num_turns),
+            max_tokens=turn.max_tokens,
+            logprobs=0,  # of the sampled token only
+            logit_bias=self._bias,
+            stop=list(turn.stop),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,  # else "</se<|im_start|>g>" would stop vLLM at a tag that is none
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = {
+            "prompt_token_ids": turn.engine_ids,
+            "multi_modal_data": {"audio": list(clips)},
+            "multi_modal_uuids": {"audio": list(names)},
+        }
+        request_id = f"{row_id}-{trajectory.num_turns}"
+        try:
+            # Rendering here and not in generate() keeps feature extraction off the event loop.
+            (rendered,) = await self._llm.renderer.render_cmpl_async([prompt])
+            async for output in self._llm.generate(rendered, params, request_id):
+                last = output
+        except EngineDeadError as error:
+            raise EngineDied(f"the engine died at row {row_id!r}; its own messages are above") from error
+        except (ValueError, EngineGenerateError) as error:
+            return trajectory.fail(f"{type(error).__name__}: {error.__cause__ or error}")
+        counts = [self.count_audio_tokens(len(clip)) for clip in clips]
+        if list(last.prompt_token_ids) != expand_placeholders(turn.engine_ids, self._ids.audio, counts):
+            return trajectory.fail("the engine's prompt is not ours: audio token counts differ from its own")
+        completion = last.outputs[0]
+        logprobs = [
+            values[token].logprob for token, values in zip(completion.token_ids, completion.logprobs, strict=True)
+        ]
+        trajectory.absorb(completion.token_ids, logprobs, completion.finish_reason)
+
+    def prompt_ids(self, question: Question, mode: Mode) -> list[int]:
+        """The prompt with one placeholder for the clip, as vLLM takes it."""
+        text = question_text(question.question, question.choices, mode)
+        messages = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": text}]}]
+        return self._encode(self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def count_audio_tokens(self, num_samples: int) -> int:
+        return self._family.num_audio_tokens(num_samples, self._hop_length)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _load(question: Question) -> tuple[np.ndarray, str]:
+    """The waveform, and the name of its content."""
+    waveform = audio.load(audio.resolve_path(question.audio_root, question.audio))
+    return waveform, hashlib.blake2b(waveform.data, digest_size=16).hexdigest()

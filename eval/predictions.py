@@ -1,0 +1,166 @@
+"""The predictions file: rows appended one by one, resumable after a kill, and a sidecar that says what made them.
+
+OUT.jsonl      one row a line, each flushed when it is written
+OUT.run.json   the model, the benchmark, the sampling, the versions; rows of two runs are never mixed in one file
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+FSYNC_SECONDS = 5.0  # what a crash of the machine, not of the program, may lose
+
+
+class PredictionsError(ValueError):
+    """The file cannot be used as it is; the message says why and what to do."""
+
+
+def sidecar_path(file: Path) -> Path:
+    return file.with_suffix(".run.json")
+
+
+def read_sidecar(file: Path) -> dict[str, Any] | None:
+    """What made the predictions in `file`, None where nothing says."""
+    path = sidecar_path(file)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise PredictionsError(f"{path}: not JSON ({error})") from error
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of every complete row. A last line without its newline is what a kill left, and is skipped."""
+    with file.open("rb") as lines:
+        yield from _rows(lines, file)
+
+
+def _rows(lines: Iterable[bytes], file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise PredictionsError(f"{file}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or "id" not in row:
+            raise PredictionsError(f"{file}, line {number}: not a row with an id")
+        yield number, row
+
+
+def drop_rows(file: Path, unwanted: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Take the unwanted rows out of `file`, and say how many they were."""
+    rows = [row for _, row in read_rows(file)]
+    kept = [row for row in rows if not unwanted(row)]
+    if len(kept) < len(rows):
+        write_whole(file, "".join(_line(row) for row in kept))
+    return len(rows) - len(kept)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_whole(file: Path, content: str) -> None:
+    """Write `content` to `file` whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Predictions:
+    """The predictions file of a run, open for appending by this process alone.
+
+    `done` holds the ids of the rows in it. Raises PredictionsError when another process appends to it, when something
+    other than `run` made it, or when it holds a row twice.
+    """
+
+    def __init__(self, file: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self._file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = file.open("a+b")
+        try:
+            # A record lock: unlike flock's, the engine's process does not inherit it and may outlive a killed parent.
+            # Closing any other handle of the file would release it, so everything here goes through this one.
+            fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if overwrite:
+                self._stream.truncate(0)
+            self._check(run)
+            self.done = self._repair()
+            write_whole(sidecar_path(file), json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+        except BlockingIOError as error:
+            self._stream.close()
+            raise PredictionsError(f"{file}: another process is writing to it") from error
+        except PredictionsError:
+            self._stream.close()
+            raise
+        self._synced = time.monotonic()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and flush it."""
+        self._stream.write(_line(row).encode())
+        self._stream.flush()
+        self.done.add(str(row["id"]))
+        if time.monotonic() - self._synced > FSYNC_SECONDS:
+            os.fsync(self._stream.fileno())
+            self._synced = time.monotonic()
+
+    def __enter__(self) -> Predictions:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def _check(self, run: Mapping[str, Any]) -> None:
+        if not self._stream.seek(0, os.SEEK_END):
+            return
+        before = read_sidecar(self._file)
+        if before is None:
+            raise PredictionsError(f"{self._file} has rows but no {sidecar_path(self._file).name}: --overwrite it")
+        now = json.loads(json.dumps(run["identity"]))
+        if before["identity"] != now:
+            changed = "; ".join(_differences(before["identity"], now))
+            raise PredictionsError(
+                f"{self._file} was made by another run ({changed}). "
+                "Give the same settings to go on, another --output, or --overwrite"
+            )
+
+    def _repair(self) -> set[str]:
+        """Cut a torn last line off, and return the ids of the rows that are there."""
+        self._stream.seek(0)
+        ids: set[str] = set()
+        for number, row in _rows(self._stream, self._file):
+            if (row_id := str(row["id"])) in ids:
+                raise PredictionsError(f"{self._file}, line {number}: row {row_id!r} is there twice: --overwrite it")
+            ids.add(row_id)
+        self._stream.seek(0)
+        self._stream.truncate(sum(len(line) for line in self._stream if line.endswith(b"\n")))
+        return ids
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`name: was -> is` of every value that differs, nested ones by their path."""
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found
