@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Merge: a checkpoint of stage 2 becomes a complete model directory that transformers and vLLM load.
 #
-#   CHECKPOINT=runs/x/rl BASE_MODEL=runs/x/sft OUTPUT_DIR=runs/x/merged bash script/merge.sh [-- OPTION...]
+#   CHECKPOINT=runs/x/rl BASE_MODEL=runs/x/sft OUTPUT_DIR=runs/x/merged bash script/merge.sh [WORDS]
 #
 # CHECKPOINT   a run of stage 2 (its latest step is taken) or one of its global_step_N
 # BASE_MODEL   the model that the run was trained from; talker, token2wav, processor and dtype are carried over from it
 # OUTPUT_DIR   written whole or not at all; an earlier merge there is replaced, anything else is refused
-# Words after -- go to `python -m echo_plugins.for_verl.merge` (--dtype float32 ...; --help says what there is).
+# WORDS        go on to `python -m echo_plugins.for_verl.merge`, such as --dtype float32
 set -euo pipefail
 # shellcheck source=script/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -14,7 +14,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${1:-}" in
   -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
   --) shift ;;
-  ?*) die "unknown option $1; options of the merge itself go after --" 2 ;;
 esac
 
 : "${CHECKPOINT:?is the run of stage 2, or one of its global_step_N}"
