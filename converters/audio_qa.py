@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import orjson
 
 from echo_plugins.relisten.prompt import contains_reserved
-from echo_plugins.relisten.segment import CLOSE_TAG, OPEN_TAG, Refusal, find_tags, resolve
+from echo_plugins.relisten.segment import CLOSE_TAG, OPEN_TAG, Refusal, find_tags
 
 MIN_CHOICES = 2
 MAX_CHOICES = 26  # the prompt letters them A to Z
@@ -28,6 +29,10 @@ END_TOLERANCE_SECONDS = 0.05  # labels and tags are rounded: an END may pass the
 
 # Our own grammar inside a data set's text would open or close blocks that the writer never meant.
 _GRAMMAR = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+# A row's tags are asked for up to three times while it is in hand; finding them is the dearest step of a conversion.
+tags_of = lru_cache(1_024)(find_tags)
 
 
 class Reason(StrEnum):
@@ -161,22 +166,18 @@ def check_tags(text: str, duration_seconds: float | None) -> None:
 
     Too short is allowed: such a tag inserts nothing. Without a duration only the grammar is judged.
     """
-    kept, rest = 0, ""
-    for tag in find_tags(text):
-        written = text[tag.start : tag.end]
+    tags = tags_of(text)
+    for tag in tags:
         if isinstance(tag.meaning, Refusal):
-            raise RowError(Reason.MALFORMED_TAG, f"{tag.meaning} tag {_shown(written)}")
+            raise RowError(Reason.MALFORMED_TAG, f"{tag.meaning} tag {_shown(text[tag.start : tag.end])}")
         if duration_seconds is not None and (
-            resolve(tag.meaning, duration_seconds) is Refusal.PAST_END
+            tag.meaning.start_seconds >= duration_seconds
             or tag.meaning.end_seconds > duration_seconds + END_TOLERANCE_SECONDS
         ):
-            raise RowError(Reason.SEGMENT_OUTSIDE_AUDIO, f"{written} in a clip of {duration_seconds:g} s")
-        rest += text[kept : tag.start]
-        kept = tag.end
-    rest += text[kept:]
-    for stray in (OPEN_TAG, CLOSE_TAG):
-        if stray in rest:
-            raise RowError(Reason.MALFORMED_TAG, f"{stray} without its other half")
+            detail = f"{text[tag.start : tag.end]} in a clip of {duration_seconds:g} s"
+            raise RowError(Reason.SEGMENT_OUTSIDE_AUDIO, detail)
+    if text.count(OPEN_TAG) > len(tags):
+        raise RowError(Reason.MALFORMED_TAG, f"{OPEN_TAG} without its {CLOSE_TAG}")
 
 
 def read_rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, object]]:
@@ -330,12 +331,13 @@ def _events(value: Any, duration_seconds: float | None) -> tuple[Event, ...]:
 def _event(item: object, duration_seconds: float | None) -> Event:
     if not isinstance(item, Mapping):
         raise RowError(Reason.BAD_EVENT, f"an event is an object with label, start and end, this is {_shown(item)}")
-    label, start, end = (item.get(name) for name in _EVENT_FIELDS)
+    label, start, end = item.get("label"), item.get("start"), item.get("end")
     if not isinstance(label, str) or not label.strip():
         raise RowError(Reason.BAD_EVENT, f"an event needs a label: {_shown(item)}")
     if not _is_number(start) or not _is_number(end) or not 0 <= start < end:
         raise RowError(Reason.BAD_EVENT, f"0 <= start < end is needed, in seconds: {_shown(item)}")
-    event = Event(label, float(start), float(end), {key: item[key] for key in item if key not in _EVENT_FIELDS})
+    meta = {key: item[key] for key in item if key not in _EVENT_FIELDS} if len(item) > len(_EVENT_FIELDS) else {}
+    event = Event(label, float(start), float(end), meta)
     if duration_seconds is not None:
         _check_event_end(event, duration_seconds)
     return event

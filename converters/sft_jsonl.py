@@ -16,11 +16,11 @@ import orjson
 import typer
 
 from converters import conversion
-from converters.audio_qa import Reason, RowError
+from converters.audio_qa import Reason, RowError, tags_of
 from converters.conversion import AudioFile, AudioRoot, Checked, Conversion, from_manifest
 from echo_plugins.audio import format_fragment
 from echo_plugins.relisten.prompt import AUDIO_TAG, Mode, user_message
-from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, find_tags, resolve
+from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, resolve
 
 app = conversion.new_command()
 
@@ -74,7 +74,7 @@ def interleave(think: str, audio: AudioFile, max_segments: int = MAX_SEGMENTS) -
     parts: list[str] = []
     fragments: list[str] = []
     kept = 0
-    for tag in find_tags(think):
+    for tag in tags_of(think):
         parts.append(think[kept : tag.end])
         kept = tag.end
         segment = resolve(tag.meaning, audio.duration_seconds) if isinstance(tag.meaning, Segment) else tag.meaning
@@ -103,7 +103,7 @@ def without_tags(think: str) -> str:
     >>> without_tags("In <seg>1, 2</seg>, a dog barks; then at <seg>3, 4</seg> a door shuts (<seg>4, 5</seg>).")
     'A dog barks; then a door shuts.'
     """
-    tags = find_tags(think)
+    tags = tags_of(think)
     bounds = [0, *(bound for tag in tags for bound in (tag.start, tag.end)), len(think)]
     pieces = [think[start:end] for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
     out = [pieces[0]]

@@ -123,7 +123,7 @@ TAGS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(TAGS, max_size=24).map("".join), st.integers(3_200, 200_000))
 def test_interleaved_training_text_is_what_the_rollout_inserts(think: str, num_samples: int) -> None:
     audio, bos, eos, end = range(256, 260)

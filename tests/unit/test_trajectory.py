@@ -171,7 +171,7 @@ STREAM = st.lists(
 ).map(lambda parts: [token for part in parts for token in part])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     stream=STREAM,
     budget=st.one_of(st.integers(1, 60), st.integers(61, 2_000)),
@@ -209,7 +209,7 @@ def test_any_stream_from_a_stopping_engine_keeps_the_invariants(
     assert trajectory.stop_reason is not StopReason.ERROR
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     answers=st.lists(
         st.tuples(
@@ -420,7 +420,7 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> No
         Settings(**wrong)  # type: ignore[arg-type]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(stream=STREAM, straddle=st.sampled_from(["cut", "keep"]))
 def test_the_attempts_are_the_tags_of_the_text(stream: list[int], straddle: str) -> None:
     trajectory = play(new_trajectory(straddle=straddle), stream).trajectory

@@ -99,7 +99,7 @@ def test_keep_reads_adjacent_tags_whose_brackets_share_a_token() -> None:
     assert [clip.segment.start_seconds for clip in trajectory.clips] == [1.0, 3.0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     parts=st.lists(st.one_of(st.just(TAG), st.just("<seg>9, 8</seg>"), st.text(max_size=6)), max_size=8),
     straddle=st.sampled_from(["cut", "keep"]),
