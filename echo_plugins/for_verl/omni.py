@@ -1,0 +1,147 @@
+"""Everything that verl 0.9.1 lacks for the Omni models: sound in, text out, the audio tower frozen.
+
+Each function below makes up for one gap and names its place in verl; tests/plugin/test_verl_gaps.py fails when verl has
+closed it. Qwen2.5-Omni is what the tests train. Qwen3-Omni has the same shape and is registered by the same lines, but
+no test has run it: its expert layers need a machine that holds them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import verl.utils.tokenizer.tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen2_5
+from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3
+
+from ..audio import pad_to_longest
+from ..model import FAMILIES
+
+
+class ThinkerOnly(PreTrainedModel):
+    """A full Omni checkpoint as verl trains it: the thinker alone, under the checkpoint's own names (`thinker.*`).
+
+    Talker and vocoder are never built; script/merge.sh takes them from the base model. Both towers are frozen, as in
+    the paper (stage 1 and 2), before FSDP wraps the model and the optimiser sees it.
+    """
+
+    thinker_class: type[PreTrainedModel]
+    decoder_layer: str
+    _keys_to_ignore_on_load_unexpected = [r"^talker\.", r"^token2wav\.", r"^code2wav\."]  # noqa: RUF012 - transformers'
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.thinker = self.thinker_class(config.thinker_config)
+        self.post_init()
+        # verl/utils/fsdp_utils.py:579 shards each class named here on its own, and a rank whose micro-batch is text
+        # only would wait for ever for one whose micro-batch has sound. So only what every row passes is named; the
+        # towers are gathered with the embeddings (2.6 GB a GPU of a 7B model).
+        self._no_split_modules = [self.decoder_layer]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.thinker.audio_tower.requires_grad_(False)
+        model.thinker.visual.requires_grad_(False)
+        return model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.thinker(*args, **kwargs)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.thinker.get_input_embeddings()
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self.thinker.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.thinker.get_output_embeddings()
+
+
+def train_the_thinker() -> None:
+    """verl/utils/model.py:705 looks a configuration's type up in AutoModelForImageTextToText, and raises for Omni; the
+    full classes have no forward() besides."""
+    for full_class, thinker_class, decoder_layer in (
+        (
+            qwen2_5.Qwen2_5OmniForConditionalGeneration,
+            qwen2_5.Qwen2_5OmniThinkerForConditionalGeneration,
+            "Qwen2_5OmniDecoderLayer",
+        ),
+        (
+            qwen3.Qwen3OmniMoeForConditionalGeneration,
+            qwen3.Qwen3OmniMoeThinkerForConditionalGeneration,
+            "Qwen3OmniMoeThinkerTextDecoderLayer",
+        ),
+    ):
+        # The full class's name: save_pretrained writes it to config.json as the architecture.
+        members = {
+            "config_class": full_class.config_class,
+            "thinker_class": thinker_class,
+            "decoder_layer": decoder_layer,
+            "__module__": __name__,
+        }
+        trainable = type(full_class.__name__, (ThinkerOnly,), members)
+        AutoModelForImageTextToText.register(full_class.config_class, trainable, exist_ok=True)
+
+
+def show_the_text_config() -> None:
+    """verl/workers/rollout/utils.py:31 and verl/utils/flops_counter.py read `config.text_config`, which Omni nests."""
+    for config_class in (qwen2_5.Qwen2_5OmniConfig, qwen3.Qwen3OmniMoeConfig):
+        setattr(config_class, "text_config", property(lambda config: config.thinker_config.text_config))  # noqa: B010
+
+
+def audio_positions(_processor: Any, *, attention_mask: torch.Tensor, **_media: Any) -> tuple[torch.Tensor, None]:
+    """Positions (3, batch, tokens) of text and sound: TMRoPE without pictures is 1-D positions in all three rows
+    (transformers, get_rope_index, the branch without grids)."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, 1).unsqueeze(0).expand(3, -1, -1), None
+
+
+def omni_processor(name_or_path: str, **kwargs: Any) -> Any:
+    """The checkpoint's processor, with what verl asks of one.
+
+    `get_rope_index`: without it verl makes 1-row positions, and rows packed into one sequence attend to each other
+    without a word (verl/experimental/agent_loop/agent_loop.py, _compute_position_ids). `*_token_id`:
+    verl/workers/rollout/utils.py:110. `audio` may be features: verl calls the processor twice a trajectory in the event
+    loop, the agent loop has extracted them in a thread by then.
+    """
+    processor = AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    base = type(processor)
+
+    def __call__(self: Any, *args: Any, audio: Any = None, **rest: Any) -> BatchFeature:
+        if isinstance(audio, BatchFeature):
+            return BatchFeature(dict(audio))
+        return base.__call__(self, *args, audio=audio, **rest)
+
+    ids = {
+        f"{medium}_token_id": processor.tokenizer.convert_tokens_to_ids(getattr(processor, f"{medium}_token"))
+        for medium in ("audio", "image", "video")
+    }
+    members = {"__call__": __call__, "get_rope_index": audio_positions, "__module__": base.__module__, **ids}
+    processor.__class__ = type(base.__name__, (base,), members)  # the name is kept: it is saved with checkpoints
+    pad_to_longest(processor.feature_extractor)
+    return processor
+
+
+def load_omni_processors() -> None:
+    """verl/utils/tokenizer/tokenizer.py:236 hf_processor raises for a processor it does not know, swallows that, and
+    returns None: the run goes on as if the model were text only. Other families stay verl's business."""
+    original = verl.utils.tokenizer.tokenizer.hf_processor
+
+    def hf_processor(name_or_path: str, **kwargs: Any) -> Any:
+        family = FAMILIES.get(AutoConfig.from_pretrained(name_or_path, **kwargs).model_type)
+        return original(name_or_path, **kwargs) if family is None else omni_processor(name_or_path, **kwargs)
+
+    for name, module in list(sys.modules.items()):  # most of verl has imported it by name
+        if name.partition(".")[0] == "verl" and getattr(module, "hf_processor", None) is original:
+            vars(module)["hf_processor"] = hf_processor
+
+
+train_the_thinker()
+show_the_text_config()
+load_omni_processors()

@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Stage 2: GRPO on verl with vLLM rollouts that re-listen. A stopped run goes on from its last checkpoint.
+#
+#   MODEL=runs/x/sft/last TRAIN_FILE=rl.parquet VAL_FILE=val.parquet OUTPUT_DIR=runs/x/rl \
+#     bash script/stage2_multiturn_rl.sh [OVERRIDE ...]
+#
+# MODEL         model directory to start from; also the reference of the KL term
+# TRAIN_FILE, VAL_FILE   Parquet files of converters.rl_parquet
+# OUTPUT_DIR    checkpoints (global_step_N), metrics.jsonl, trajectories/STEP.jsonl, train.log
+# DEVICE        cuda or cpu; NUM_GPUS and NUM_NODES say how many (on a CPU, RL_WORKERS processes). With RAY_ADDRESS set
+#               the run joins that cluster; otherwise it starts a Ray of its own and takes it along when it ends.
+# Every other variable is a number below. OVERRIDE words and those in RL_ARGS are Hydra overrides of verl and come last.
+set -euo pipefail
+# shellcheck source=script/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  --) shift ;;
+esac
+
+: "${MODEL:?is the model directory to start from, the output of stage 1}"
+: "${TRAIN_FILE:?is a Parquet file of converters.rl_parquet}"
+: "${VAL_FILE:?is a Parquet file of converters.rl_parquet}"
+: "${OUTPUT_DIR:?is where checkpoints and logs go}"
+: "${DEVICE:=cuda}" "${NUM_GPUS:=8}" "${NUM_NODES:=1}" "${SEED:=0}"
+OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
+
+# Optimisation. The defaults are the paper's (recipes/echo-7b/recipe.env gives the sources).
+: "${RL_LR:=1e-6}" "${RL_BATCH_SIZE:=64}" "${RL_MINI_BATCH:=32}" "${RL_GROUP:=8}" "${RL_KL:=0.04}" "${RL_EPOCHS:=1}"
+: "${RL_STEPS:=}"                # stop after so many steps; empty: RL_EPOCHS decide
+: "${RL_WARMUP_STEPS:=0}"
+# Rollout.
+: "${RL_TEMPERATURE:=1.0}" "${RL_VAL_TEMPERATURE:=0}" "${RL_MAX_PROMPT:=2048}" "${RL_MAX_RESPONSE:=2048}"
+: "${RL_TP:=1}"                  # GPUs a vLLM replica
+: "${RL_TIMEOUT:=1800}"          # seconds until a rollout counts as failed
+: "${MAX_SEGMENTS:=8}" "${MIN_SEGMENT_SECONDS:=0.2}" "${STRADDLE:=cut}" "${RL_MODE:=interleaved}"
+: "${REWARD_PRESET:=paper}"
+# Memory and speed.
+: "${RL_TOKENS_PER_GPU:=$((2 * (RL_MAX_PROMPT + RL_MAX_RESPONSE)))}"  # a micro-batch
+: "${RL_GPU_MEMORY:=0.6}"        # vLLM's share
+: "${RL_OFFLOAD:=False}"         # parameters and optimiser to host memory between uses
+: "${RL_AGENT_WORKERS:=8}" "${RL_REWARD_WORKERS:=8}"
+# Checkpoints and logs.
+: "${RL_SAVE_FREQ:=50}" "${RL_TEST_FREQ:=50}" "${RL_KEEP_CHECKPOINTS:=2}" "${RL_LOGGER:=console,file}"
+: "${RL_ARGS:=}"
+
+require "$MODEL" "Run script/stage1_ground_reason.sh first, or point MODEL at a model directory."
+require "$TRAIN_FILE" "Make it with python -m converters.rl_parquet."
+require "$VAL_FILE" "Make it with python -m converters.rl_parquet."
+
+environment=(
+  VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl  # unlike the entry point, an error in the plug-in ends the run
+  VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl"
+  PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+  PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+)
+data=(
+  data.train_files="$TRAIN_FILE" data.val_files="$VAL_FILE"
+  data.custom_cls.path=pkg://echo_plugins.for_verl.dataset data.custom_cls.name=RelistenDataset
+  data.train_batch_size="$RL_BATCH_SIZE" data.seed="$SEED" data.dataloader_num_workers=0
+  data.max_prompt_length="$RL_MAX_PROMPT" data.max_response_length="$RL_MAX_RESPONSE" data.filter_overlong_prompts=True
+)
+algorithm=(
+  algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False
+)
+model=(
+  actor_rollout_ref.model.path="$MODEL" actor_rollout_ref.model.use_remove_padding=True
+)
+actor=(
+  actor_rollout_ref.actor.strategy=fsdp2
+  actor_rollout_ref.actor.optim.lr="$RL_LR" actor_rollout_ref.actor.optim.lr_warmup_steps="$RL_WARMUP_STEPS"
+  actor_rollout_ref.actor.ppo_mini_batch_size="$RL_MINI_BATCH"
+  actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$RL_TOKENS_PER_GPU"
+  actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef="$RL_KL"
+  actor_rollout_ref.actor.kl_loss_type=low_var_kl actor_rollout_ref.actor.entropy_coeff=0
+  actor_rollout_ref.actor.data_loader_seed="$SEED" actor_rollout_ref.actor.fsdp_config.seed="$SEED"
+  actor_rollout_ref.actor.fsdp_config.param_offload="$RL_OFFLOAD"
+  actor_rollout_ref.actor.fsdp_config.optimizer_offload="$RL_OFFLOAD"
+)
+reference=(
+  actor_rollout_ref.ref.strategy=fsdp2
+  actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True
+  actor_rollout_ref.ref.log_prob_max_token_len_per_gpu="$RL_TOKENS_PER_GPU"
+)
+rollout=(
+  actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n="$RL_GROUP" actor_rollout_ref.rollout.seed="$SEED"
+  actor_rollout_ref.rollout.temperature="$RL_TEMPERATURE"
+  actor_rollout_ref.rollout.val_kwargs.temperature="$RL_VAL_TEMPERATURE"
+  actor_rollout_ref.rollout.tensor_model_parallel_size="$RL_TP"
+  actor_rollout_ref.rollout.gpu_memory_utilization="$RL_GPU_MEMORY"
+  actor_rollout_ref.rollout.max_model_len="$((RL_MAX_PROMPT + RL_MAX_RESPONSE))"
+  actor_rollout_ref.rollout.max_num_batched_tokens="$((RL_MAX_PROMPT + RL_MAX_RESPONSE > 8192 ? RL_MAX_PROMPT + RL_MAX_RESPONSE : 8192))"
+  actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True
+  actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="$RL_TOKENS_PER_GPU"
+  actor_rollout_ref.rollout.agent.default_agent_loop=relisten
+  actor_rollout_ref.rollout.agent.num_workers="$RL_AGENT_WORKERS"
+  "+actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt={audio: $((MAX_SEGMENTS + 1)), image: 0, video: 0}"
+  +echo.mode="$RL_MODE" +echo.max_segments="$MAX_SEGMENTS" +echo.min_segment_seconds="$MIN_SEGMENT_SECONDS"
+  +echo.straddle="$STRADDLE" +echo.rollout_timeout_seconds="$RL_TIMEOUT"
+)
+reward=(
+  reward.num_workers="$RL_REWARD_WORKERS" reward.reward_manager.source=importlib
+  reward.reward_manager.name=EchoRewardManager
+  reward.reward_manager.module.path=pkg://echo_plugins.for_verl.reward_manager
+  +reward.reward_kwargs.preset="$REWARD_PRESET"
+)
+trainer=(
+  trainer.v1.trainer_mode=echo_sync trainer.nnodes="$NUM_NODES" trainer.n_gpus_per_node="$NUM_GPUS"
+  trainer.project_name=echo trainer.experiment_name="$(basename "$(dirname "$OUTPUT_DIR")")"
+  trainer.total_epochs="${RL_STEPS:-$RL_EPOCHS}" trainer.total_training_steps="${RL_STEPS:-null}"
+  trainer.save_freq="$RL_SAVE_FREQ" trainer.test_freq="$RL_TEST_FREQ"
+  trainer.val_before_train="$([[ "$RL_TEST_FREQ" -gt 0 ]] && echo True || echo False)"
+  trainer.max_actor_ckpt_to_keep="$RL_KEEP_CHECKPOINTS" trainer.resume_mode=auto
+  trainer.default_local_dir="$OUTPUT_DIR" trainer.rollout_data_dir="$OUTPUT_DIR/trajectories"
+  trainer.validation_data_dir="$OUTPUT_DIR/validation" "trainer.logger=[$RL_LOGGER]"
+  hydra.run.dir="$OUTPUT_DIR/hydra"
+)
+ray=(+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl)
+
+if [[ "$DEVICE" == cpu ]]; then
+  # fp32 and no sleeping engine: what a GPU saves memory with needs a GPU. The rest of the block says "CPU" to each of
+  # verl, vLLM and Ray; Ray's CPUs and GPUs are slots for processes here.
+  : "${RL_WORKERS:=1}"
+  environment+=(
+    VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
+    VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
+  )
+  model+=(
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    actor_rollout_ref.model.enable_gradient_checkpointing=False
+  )
+  for role in actor ref; do
+    actor+=(
+      "actor_rollout_ref.$role.fsdp_config.model_dtype=fp32" "actor_rollout_ref.$role.fsdp_config.use_torch_compile=False"
+      "+actor_rollout_ref.$role.fsdp_config.mixed_precision.param_dtype=fp32"
+      "actor_rollout_ref.$role.use_torch_compile=False"
+    )
+  done
+  rollout+=(
+    actor_rollout_ref.rollout.dtype=float32 actor_rollout_ref.rollout.enforce_eager=True
+    actor_rollout_ref.rollout.free_cache_engine=False +actor_rollout_ref.rollout.enable_sleep_mode=False
+    actor_rollout_ref.rollout.max_num_seqs=32
+    actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16
+    +actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32
+    +actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni
+    +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=echo_plugins.for_verl.vllm_worker.CPUWorkerExtension
+    actor_rollout_ref.rollout.agent.num_workers=1
+  )
+  reward+=(reward.num_workers=1)
+  trainer+=(
+    trainer.device=cpu trainer.n_gpus_per_node="$RL_WORKERS"
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+  )
+  ray+=(
+    ray_kwargs.ray_init.num_cpus=32 +ray_kwargs.ray_init.num_gpus="$RL_WORKERS"
+    +ray_kwargs.ray_init.object_store_memory=500000000
+  )
+fi
+if [[ -z "${RAY_ADDRESS:-}" ]]; then
+  # A cluster of its own, never one that happens to run here. The folder is short (a socket's path has 107 characters)
+  # and the same for each try of this run, so that what a killed try left is found and cleared.
+  RAY_DIR="/tmp/echo-ray-$(cksum <<< "$OUTPUT_DIR" | cut -d' ' -f1)"
+  ray+=(
+    +ray_kwargs.ray_init.address=local +ray_kwargs.ray_init._temp_dir="$RAY_DIR"
+    +ray_kwargs.ray_init.include_dashboard=False
+  )
+fi
+# shellcheck disable=SC2206  # RL_ARGS holds several words
+command=(
+  env "${environment[@]}" "$PYTHON" -m verl.trainer.main_ppo "${data[@]}" "${algorithm[@]}" "${model[@]}" "${actor[@]}"
+  "${reference[@]}" "${rollout[@]}" "${reward[@]}" "${trainer[@]}" "${ray[@]}" $RL_ARGS "$@"
+)
+if [[ "$DRY_RUN" == 1 ]]; then
+  run "${command[@]}"
+  exit
+fi
+
+mkdir -p "$OUTPUT_DIR"
+exec 9> "$OUTPUT_DIR/.lock"
+flock --wait 60 9 || die "another run still writes $OUTPUT_DIR: wait for it, or end it (fuser $OUTPUT_DIR/.lock names it)."
+if [[ -n "${RAY_DIR:-}" ]]; then rm -rf -- "$RAY_DIR"; fi
+note "$OUTPUT_DIR/train.log has all of the output, $OUTPUT_DIR/metrics.jsonl the numbers"
+run "${command[@]}" 2>&1 | tee -a "$OUTPUT_DIR/train.log"
+if [[ -n "${RAY_DIR:-}" ]]; then rm -rf -- "$RAY_DIR"; fi
