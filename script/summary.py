@@ -30,7 +30,8 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class Scores:
-    """One prediction file. Accuracies are shares of all rows; `chance` is that of guessing among each row's choices."""
+    """One prediction file. Accuracies are shares of all rows, None where the benchmark withholds the answers; `chance`
+    is that of guessing among each row's choices."""
 
     name: str
     mode: str
@@ -38,10 +39,10 @@ class Scores:
     unanswered: int
     chance: float
     clips_per_row: float
-    official_accuracy: float
-    official_interval: tuple[float, float]
-    strict_accuracy: float
-    strict_interval: tuple[float, float]
+    official_accuracy: float | None
+    official_interval: tuple[float, float] | None
+    strict_accuracy: float | None
+    strict_interval: tuple[float, float] | None
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -64,7 +65,7 @@ def sft_log(sft_dir: Path) -> str:
 def rl_metrics(rl_dir: Path) -> dict[int, dict[str, float]]:
     """verl's metrics by step. Each start of the trainer has its own file; a step that it repeated counts once."""
     steps: dict[int, dict[str, float]] = {}
-    for path in sorted(rl_dir.glob("metrics/*.jsonl")):
+    for path in sorted(rl_dir.glob("metrics*.jsonl")):
         for line in json_lines(path):
             steps.setdefault(line["step"], {}).update(line["data"])
     return {step: data for step, data in sorted(steps.items()) if "critic/score/mean" in data}
@@ -110,13 +111,15 @@ def scores(predictions: Path) -> Scores:
         chance=sum(1 / len(row["choices"]) for row in rows) / len(rows),
         clips_per_row=inserted / len(rows),
         official_accuracy=totals["official_accuracy"],
-        official_interval=tuple(totals["official_interval"]),
+        official_interval=totals["official_interval"],
         strict_accuracy=totals["strict_accuracy"],
-        strict_interval=tuple(totals["strict_interval"]),
+        strict_interval=totals["strict_interval"],
     )
 
 
-def percent(share: float, interval: tuple[float, float]) -> str:
+def percent(share: float | None, interval: tuple[float, float] | None) -> str:
+    if share is None or interval is None:
+        return "-"
     return f"{100 * share:.1f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
