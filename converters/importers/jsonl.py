@@ -127,6 +127,8 @@ def answer_text(answer: Any, choices: Sequence[Any], form: AnswerForm) -> Any:
         if not 0 <= index < len(texts):
             raise RowError(Reason.ANSWER_NOT_A_CHOICE, f"there is no choice {said} ({form}) among {len(texts)}")
         return texts[index]
+    if form is AnswerForm.TEXT and type(said) in (int, float):
+        said = str(said)  # as the choices' numbers are
     if not isinstance(said, str):
         if isinstance(said, int):
             raise RowError(Reason.AMBIGUOUS_ANSWER, f"the answer is the number {said}: say --answer index0 or index1")
