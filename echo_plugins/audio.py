@@ -221,10 +221,7 @@ def _refuse_cut_ogg(stream: BinaryIO, name: str) -> None:
     start = stream.tell()
     if stream.read(4) == b"OggS":
         size = stream.seek(0, io.SEEK_END)
-        stream.seek(max(start, size - # The matrix product of a dozen frames or fewer takes another kernel, which rounds the last bit otherwise (measured).
-_MIN_PADDED_FRAMES = 32
-
-_MAX_OGG_PAGE_BYTES))
+        stream.seek(max(start, size - _MAX_OGG_PAGE_BYTES))
         tail = stream.read()
         page = tail[max(0, tail.rfind(b"OggS\0")) :]
         lacing = page[27 : 27 + page[26]] if len(page) > 26 else b""
