@@ -21,7 +21,7 @@ import typer
 
 from converters import conversion
 from converters.audio_qa import AudioQA, Reason, RowError, check_tags, read_rows
-from converters.conversion import AudioFile, AudioRoot, ordered_map
+from converters.conversion import AudioFile, AudioRoot, SeenIds, ordered_map
 from converters.rl_parquet import schema
 from converters.sft_jsonl import interleave
 from echo_plugins.audio import AudioError, parse_fragment, probe
@@ -70,13 +70,12 @@ def main(
             judge = _JUDGES[kind](audio_root)
             problems: Counter[Reason] = Counter()
             shown: list[str] = []
-            ids: set[str] = set()
+            ids = SeenIds()
             read = 0
             for line, row_id, error in ordered_map(lambda numbered: _judged(judge, *numbered), rows, workers):
                 read += 1
-                if error is None and row_id is not None and row_id in ids:
+                if error is None and row_id is not None and not ids.add(row_id):
                     error = RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
-                ids.add(row_id or "")
                 if error is None:
                     continue
                 problems[error.reason] += 1

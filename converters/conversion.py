@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, BinaryIO, TypeVar
 
+import numpy as np
 import orjson
 import typer
 from rich.console import Console
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 _CHUNK_ROWS = 64
 _CHUNKS_AHEAD_PER_WORKER = 2
 _CACHED_FILES = 65_536  # probed files remembered: some 30 MB, whatever the length of the manifest
+_LATEST_IDS = 65_536
 DEFAULT_WORKERS = 4
 
 
@@ -160,6 +162,27 @@ class Tally:
         return text
 
 
+class SeenIds:
+    """A set of ids that a million rows cost 8 MB: 64-bit hashes, all but the latest in one sorted array."""
+
+    def __init__(self) -> None:
+        self._latest: set[int] = set()
+        self._sorted = np.empty(0, np.int64)
+
+    def add(self, row_id: str) -> bool:
+        """False when it was there before."""
+        key = np.int64(hash(row_id))
+        place = int(self._sorted.searchsorted(key))
+        if int(key) in self._latest or (place < len(self._sorted) and self._sorted[place] == key):
+            return False
+        self._latest.add(int(key))
+        if len(self._latest) >= _LATEST_IDS:
+            latest = np.fromiter(self._latest, np.int64, len(self._latest))
+            self._sorted = np.sort(np.concatenate([self._sorted, latest]))
+            self._latest = set()
+        return True
+
+
 class Conversion:
     """The rows of one source file, judged. `rows` yields the good ones, rendered, in the order of the file."""
 
@@ -178,7 +201,7 @@ class Conversion:
         self._to_record = to_record
         self._workers = workers
         self._advance = advance
-        self._seen: set[int] = set()
+        self._seen = SeenIds()
 
     def rows(self, render: Callable[[Checked, int], Item]) -> Iterator[Item]:
         """`render(checked, index)` of every good row; it may raise RowError for what its own format cannot take."""
@@ -195,10 +218,8 @@ class Conversion:
             yield item
 
     def _refuse_twin(self, row_id: str) -> None:
-        key = hash(row_id)  # 64 bits, not the text: a million ids are 60 MB less
-        if key in self._seen:
+        if not self._seen.add(row_id):
             raise RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
-        self._seen.add(key)
 
     def _reject(self, line: int, row_id: str | None, error: RowError) -> None:
         self.tally.rejected[error.reason] += 1

@@ -119,7 +119,10 @@ def main(
     trust_durations: conversion.TrustOption = False,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
-    """Turn an AudioQA manifest into RL rows for verl."""
+    """Turn an AudioQA manifest into RL rows for verl.
+
+    Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
+    """
     name = data_source or source.stem
     count = _token_counter(model)
 

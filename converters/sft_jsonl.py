@@ -39,7 +39,10 @@ def main(
     trust_durations: conversion.TrustOption = False,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
-    """Turn an AudioQA manifest into SFT rows for ms-swift."""
+    """Turn an AudioQA manifest into SFT rows for ms-swift.
+
+    Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
+    """
 
     def write(rows: Conversion, path: Path) -> None:
         with path.open("wb") as out:

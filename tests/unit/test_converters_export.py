@@ -372,6 +372,14 @@ def test_a_kill_in_the_middle_leaves_no_half_written_file(root: Path) -> None:
     assert not (root.parent / "out.jsonl.rejected.jsonl").exists()
 
 
+def test_an_id_is_known_again_however_long_ago_it_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_LATEST_IDS", 7)
+    seen = conversion.SeenIds()
+    assert all(seen.add(f"row-{index}") for index in range(100))
+    assert not any(seen.add(f"row-{index}") for index in range(100))
+    assert seen.add("")
+
+
 def test_a_staged_file_appears_on_commit_alone(tmp_path: Path) -> None:
     target = tmp_path / "new" / "a.txt"
     with pytest.raises(RuntimeError), StagedFile(target) as staged:
