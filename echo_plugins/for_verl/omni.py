@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 import verl.utils.tokenizer.tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    Qwen2_5OmniConfig,
+    Qwen3OmniMoeConfig,
+)
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen2_5
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3
@@ -91,7 +98,7 @@ def train_the_thinker() -> None:
 
 def show_the_text_config() -> None:
     """verl/workers/rollout/utils.py:31 and verl/utils/flops_counter.py read `config.text_config`, which Omni nests."""
-    for config_class in (qwen2_5.Qwen2_5OmniConfig, qwen3.Qwen3OmniMoeConfig):
+    for config_class in (Qwen2_5OmniConfig, Qwen3OmniMoeConfig):
         setattr(config_class, "text_config", property(lambda config: config.thinker_config.text_config))  # noqa: B010
 
 

@@ -54,16 +54,12 @@ class EchoTrainer(PPOTrainerSync):
         metrics.update(relisten_metrics(self._extra_fields(batch)))
 
     def _extra_fields(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-        if not keys:
-            return []
-        return list(fetch(batch, keys, ["extra_fields"])["extra_fields"])
+        keys = real_keys(batch)
+        return list(fetch(batch, keys, ["extra_fields"])["extra_fields"]) if keys else []
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict[str, float], rollout_data_dir: str) -> None:
         with marked_timer("dump_rollout_generations", timing_raw, color="green"):
-            keys = sorted(
-                key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
-            )
+            keys = sorted(real_keys(batch))
             fields = ["extra_fields", "extra_info", "reward_model", "rm_scores", "data_source"]
             data = fetch(batch, keys, fields)
             rows = [
@@ -76,6 +72,11 @@ class EchoTrainer(PPOTrainerSync):
                 )
             ]
             write_jsonl(Path(rollout_data_dir) / f"{self.global_steps}.jsonl", rows)
+
+
+def real_keys(batch: KVBatchMeta) -> list[str]:
+    """The trajectories of `batch` without those that fill it up to a multiple of the ranks."""
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
 
 
 def fetch(batch: KVBatchMeta, keys: list[str], fields: list[str]) -> Any:
