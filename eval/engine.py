@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -50,6 +52,7 @@ _CPU_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _DECODER_THREADS = 4  # soundfile and soxr release the GIL
 
 
@@ -101,6 +104,7 @@ class EngineSettings:
                 "block_size": 32,  # vLLM's CPU attention wants a multiple of 32; a turn reuses whole blocks only
                 "enforce_eager": True,
                 "skip_mm_profiling": True,
+                "use_tqdm_on_load": False,
                 "kv_cache_memory_bytes": int(self.cpu_kv_cache_gib * 2**30),
                 "mm_processor_cache_gb": 1,
             }
@@ -188,11 +192,39 @@ def _start(settings: EngineSettings) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    config = AsyncEngineArgs(**settings.engine_args()).create_engine_config()
+    args = settings.engine_args()
+    config = AsyncEngineArgs(**args).create_engine_config()
     if on_cpu and not _TORCH_WAS_THERE:
         # vLLM has just asked for spawn, for the sake of its thread binding. A fork need not import torch once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=bool(settings.engine_args()["disable_log_stats"]))
+    with _children_end_with_us():
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=args["disable_log_stats"])
+
+
+@contextlib.contextmanager
+def _children_end_with_us() -> Iterator[None]:
+    """Have the kernel kill what is forked inside when this process goes, however it goes.
+
+    vLLM's engine process outlives a client that was killed with -9, and keeps its memory, GPU memory too.
+    """
+    global _forking
+    if not _hooked:
+        _hooked.append(True)
+        os.register_at_fork(after_in_child=_end_with_parent)
+    _forking = True
+    try:
+        yield
+    finally:
+        _forking = False
+
+
+_forking = False
+_hooked: list[bool] = []  # a fork hook cannot be taken back, so there is one, which looks at `_forking`
+
+
+def _end_with_parent() -> None:
+    if _forking and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Engine:

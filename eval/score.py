@@ -251,11 +251,11 @@ def show(summary: Mapping[str, Any], file: Path) -> None:
     """Print the totals and the breakdowns as a table."""
     table = Table(title=f"{summary['benchmark'] or 'predictions'}: {file.name}", title_justify="left")
     table.add_column("")
-    for heading in ("rows", "no answer", "official %", "95%", "strict %", "95%"):
+    for heading in ("rows", "no answer", "official % (95%)", "strict % (95%)"):
         table.add_column(heading, justify="right")
     table.add_row("all", *_cells(summary), style="bold")
     if summary["macro_over"] and summary["macro_accuracy"] is not None:
-        macro = (f"{100 * summary['macro_accuracy']:.1f}", "", f"{100 * summary['macro_strict_accuracy']:.1f}", "")
+        macro = (f"{100 * summary[key]:.1f}" + " " * 13 for key in ("macro_accuracy", "macro_strict_accuracy"))
         table.add_row(f"mean over {summary['macro_over']}", "", "", *macro)
     for field, groups in summary["by"].items():
         table.add_section()
@@ -272,9 +272,9 @@ def _cells(group: Mapping[str, Any]) -> list[str]:
     for rule in ("official", "strict"):
         accuracy, interval = group[f"{rule}_accuracy"], group[f"{rule}_interval"]
         if accuracy is None or interval is None:
-            cells += ["withheld", ""]
+            cells.append("withheld")
         else:
-            cells += [f"{100 * accuracy:.1f}", f"{100 * interval[0]:.1f} - {100 * interval[1]:.1f}"]
+            cells.append(f"{100 * accuracy:.1f} ({100 * interval[0]:4.1f}-{100 * interval[1]:5.1f})")
     return cells
 
 
