@@ -150,8 +150,10 @@ def test_a_streamed_wav_of_unknown_length_is_read(tmp_path: Path) -> None:
 def test_a_wav_with_chunks_around_its_samples_is_whole(tmp_path: Path) -> None:
     raw = write(tmp_path / "a.wav", tone(0.5), subtype="PCM_16").read_bytes()
     at = raw.index(b"data")
-    noted = raw[:at] + b"note" + struct.pack("<I", 3) + b"abc\0" + raw[at:] + b"tail" + struct.pack("<I", 2) + b"xy"
-    assert len(load(noted)) == 8_000
+    noted = raw[:at] + b"note" + struct.pack("<I", 3) + b"abc\0" + raw[at:]
+    assert len(load(noted + b"tail" + struct.pack("<I", 2) + b"xy")) == 8_000
+    with pytest.raises(AudioError, match="cut off"):
+        load(noted[:-4_000])
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,12 @@ def test_a_clip_that_does_not_fit_is_refused_whole_and_the_rest_is_sampled() -> 
     assert fits.stop_reason is StopReason.LENGTH
 
 
+def test_a_segment_of_no_audio_token_is_too_short_whatever_the_minimum() -> None:
+    trajectory = play(new_trajectory(min_segment_seconds=0.001), b"<seg>1, 1.01</seg> so").trajectory
+    assert trajectory.attempts[0].refusal is Refusal.TOO_SHORT
+    assert not trajectory.clips
+
+
 def test_after_the_last_allowed_segment_there_is_no_stop_and_the_model_can_answer() -> None:
     trajectory = play(new_trajectory(max_segments=2), b"<seg>1, 2</seg>" * 4 + b"<answer>A</answer>").trajectory
     assert len(trajectory.clips) == 2
