@@ -23,6 +23,8 @@ SAMPLING_RATE = 16_000  # hertz; what the Qwen-Omni audio towers were trained on
 
 # An MP3 decoder drops its delay and padding, at most this many frames. More missing than that is a cut file.
 _TOLERATED_MISSING_FRAMES = 4 * 1152
+# What may follow the last frame of an MP3: tags. More than that is sound that was not read.
+_MAX_MP3_TAIL_BYTES = 8_192
 # Below this share of the loudest channel's energy the mean of the channels has cancelled (antiphase stereo).
 _CANCELLED_ENERGY = 1e-4
 
@@ -178,10 +180,14 @@ def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
             stream = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
         _refuse_cut_wav(stream, name)
         _refuse_cut_ogg(stream, name)
+        start = stream.tell()
+        stream_size = stream.seek(0, io.SEEK_END)
+        stream.seek(start)
         try:
             with soundfile.SoundFile(stream) as file:
                 declared, rate = file.frames, file.samplerate
                 frames = file.read(dtype="float32", always_2d=True)
+                reached, kind = stream.tell(), file.format
         except soundfile.LibsndfileError as error:
             raise AudioError(
                 f"{name}: not readable as audio ({error.error_string.strip()}). Convert it: ffmpeg -i IN OUT.flac"
@@ -189,7 +195,14 @@ def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
     if not len(frames):
         raise AudioError(f"{name}: no samples in it")
     if len(frames) < declared - _TOLERATED_MISSING_FRAMES:
-        raise AudioError(f"{name}: cut off, {len(frames)} of {declared} declared frames can be decoded")
+        raise AudioError(
+            f"{name}: cut off, {len(frames)} of {declared} declared frames can be decoded. Whole? ffmpeg -i IN OUT.flac"
+        )
+    if kind == "MP3" and stream_size - reached > _MAX_MP3_TAIL_BYTES:
+        raise AudioError(
+            f"{name}: libsndfile stops {stream_size - reached} bytes before its end: a variable bit rate without the "
+            "header that counts its frames. Write it anew: ffmpeg -i IN OUT.flac"
+        )
     if not np.isfinite(frames).all():
         raise AudioError(f"{name}: holds NaN or infinite samples, one of which spoils every feature")
     return frames, rate

@@ -134,6 +134,19 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kind: str, kept: float) -> 
             read(path)
 
 
+@pytest.mark.parametrize("loud_first", [True, False])
+def test_an_mp3_whose_length_is_only_guessed_is_refused(tmp_path: Path, loud_first: bool) -> None:
+    noise, silence = np.random.default_rng(0).uniform(-0.5, 0.5, 441_000), np.zeros(441_000)
+    samples = np.concatenate([noise, silence] if loud_first else [silence, noise])
+    soundfile.write(tmp_path / "a.mp3", samples, 44_100, bitrate_mode="VARIABLE", compression_level=0.5)
+    whole = (tmp_path / "a.mp3").read_bytes()
+    assert probe(whole).num_frames == len(samples)
+    assert len(load(whole + b"TAG" + b" " * 125)) == 320_000
+    headless = whole[whole.index(b"\xff\xfb", 4) :]  # the first frame holds the count of frames, and no sound
+    with pytest.raises(AudioError, match="ffmpeg"):
+        load(headless)
+
+
 @pytest.mark.parametrize("lost", [1, 5, 200])
 def test_an_ogg_without_its_last_bytes_is_refused(tmp_path: Path, lost: int) -> None:
     whole = write(tmp_path / "a.ogg", tone(1.0)).read_bytes()
