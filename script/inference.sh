@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Inference and scores: one benchmark or AudioQA manifest, in each mode of EVAL_MODES. A stopped run goes on at its rows.
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<'USAGE'
+usage: MODEL=DIR AUDIO_QA=rows.jsonl AUDIO_ROOT=DIR OUTPUT_DIR=DIR bash script/inference.sh [WORDS]
+       MODEL=DIR BENCHMARK=mmar BENCHMARK_ROOT=DIR OUTPUT_DIR=DIR bash script/inference.sh [WORDS]
+
+Writes OUTPUT_DIR/MODE.jsonl (predictions), MODE.json (scores) and MODE.verdicts.jsonl (a line a row) for each mode.
+WORDS go on to `python -m eval.infer`; what they say comes last and wins.
+
+  EVAL_MODES="interleaved grounded plain"   listen again, tags as text only, no tags
+  EVAL_TEMPERATURE=0.7   EVAL_TOP_P=1.0     EVAL_MAX_TOKENS=2048 (inserted audio counted)   EVAL_MAX_ROWS= (all)
+  MAX_SEGMENTS=8         MIN_SEGMENT_SECONDS=0.2
+  DEVICE=auto            auto, cpu or cuda; on GPUs one engine for each EVAL_TP=1 of the visible ones
+  SEED=42
+USAGE
+}
+
+case "${1:-}" in
+  -h | --help) usage; exit 0 ;;
+  --) shift ;;
+esac
+
+require "${MODEL:?is not set: the merged model}/config.json" "Make it with script/merge.sh."
+: "${OUTPUT_DIR:?is not set: the folder for predictions and scores}"
+: "${EVAL_MODES:=interleaved grounded plain}" "${EVAL_TEMPERATURE:=0.7}" "${EVAL_TOP_P:=1.0}" "${EVAL_MAX_TOKENS:=2048}"
+: "${EVAL_MAX_ROWS:=}" "${EVAL_TP:=1}" "${MAX_SEGMENTS:=8}" "${MIN_SEGMENT_SECONDS:=0.2}" "${DEVICE:=auto}" "${SEED:=42}"
+if [[ -n "${BENCHMARK:-}" && -z "${AUDIO_QA:-}" ]]; then
+  require "${BENCHMARK_ROOT:?is not set: the folder of $BENCHMARK in its official layout}" "Download $BENCHMARK first."
+  SOURCE=(--benchmark "$BENCHMARK" --benchmark-root "$BENCHMARK_ROOT")
+elif [[ -n "${AUDIO_QA:-}" && -z "${BENCHMARK:-}" ]]; then
+  require "$AUDIO_QA" "AUDIO_QA is an AudioQA manifest (JSON lines)."
+  SOURCE=(--audio-qa "$AUDIO_QA" --audio-root "${AUDIO_ROOT:?is not set: the folder that the audio paths start from}")
+else
+  die "give AUDIO_QA and AUDIO_ROOT, or BENCHMARK and BENCHMARK_ROOT" 2
+fi
+LIMIT=()
+[[ -z "$EVAL_MAX_ROWS" ]] || LIMIT=(--max-rows "$EVAL_MAX_ROWS")
+
+for mode in $EVAL_MODES; do
+  rows="$OUTPUT_DIR/$mode"
+  run "$PYTHON" -m eval.infer \
+    --model "$MODEL" \
+    "${SOURCE[@]}" \
+    --output "$rows.jsonl" \
+    --mode "$mode" \
+    --temperature "$EVAL_TEMPERATURE" \
+    --top-p "$EVAL_TOP_P" \
+    --max-tokens "$EVAL_MAX_TOKENS" \
+    --max-segments "$MAX_SEGMENTS" \
+    --min-segment-seconds "$MIN_SEGMENT_SECONDS" \
+    --tensor-parallel "$EVAL_TP" \
+    --device "$DEVICE" \
+    --seed "$SEED" \
+    "${LIMIT[@]}" \
+    "$@"
+  run "$PYTHON" -m eval.score "$rows.jsonl" --json "$rows.json" --rows "$rows.verdicts.jsonl"
+done
