@@ -7,6 +7,7 @@ no test has run it: its expert layers need a machine that holds them.
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import Any
 
@@ -96,10 +97,23 @@ def train_the_thinker() -> None:
         AutoModelForImageTextToText.register(full_class.config_class, trainable, exist_ok=True)
 
 
+class _FromTheThinker:
+    """An attribute of the thinker's configuration, read on the full one where that has none of its own."""
+
+    def __init__(self, path: str) -> None:
+        self.read = operator.attrgetter(f"thinker_config.{path}")
+
+    def __get__(self, config: Any, _owner: type | None = None) -> Any:
+        return self if config is None else self.read(config)
+
+
 def show_the_text_config() -> None:
-    """verl/workers/rollout/utils.py:31 and verl/utils/flops_counter.py read `config.text_config`, which Omni nests."""
+    """verl/workers/rollout/utils.py:31 and verl/utils/flops_counter.py read `config.text_config`, which Omni nests;
+    verl/workers/engine/fsdp/transformer_impl.py:267 reads `config.tie_word_embeddings`, which the full Omni
+    configurations need not have (what ms-swift saves has none)."""
     for config_class in (Qwen2_5OmniConfig, Qwen3OmniMoeConfig):
-        setattr(config_class, "text_config", property(lambda config: config.thinker_config.text_config))  # noqa: B010
+        for name, path in (("text_config", "text_config"), ("tie_word_embeddings", "tie_word_embeddings")):
+            setattr(config_class, name, _FromTheThinker(path))
 
 
 def audio_positions(_processor: Any, *, attention_mask: torch.Tensor, **_media: Any) -> tuple[torch.Tensor, None]:

@@ -22,7 +22,7 @@ import torch.distributed
 import verl
 from datasets import Dataset
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2_5OmniForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 from verl.experimental.agent_loop import agent_loop
 from verl.plugin.platform.platform_manager import PlatformRegistry
 from verl.trainer.ppo.v1 import trainer_base
@@ -57,6 +57,9 @@ gaps["no forward"] = raises(NotImplementedError, lambda: model(torch.tensor([[1,
 gaps["towers sharded apart"] = "Qwen2_5OmniAudioEncoder" in (model._no_split_modules or ())
 gaps["towers trained"] = all(parameter.requires_grad for parameter in model.thinker.audio_tower.parameters())
 gaps["no maximal length"] = raises(ValueError, lambda: utils.get_max_position_embeddings(config))
+gaps["no word of tied embeddings"] = not hasattr(Qwen2_5OmniConfig(), "tie_word_embeddings") and (
+    "hf_config.tie_word_embeddings" in inspect.getsource(FSDPEngine._build_module)
+)
 gaps["no position rows"] = not hasattr(processor, "get_rope_index")
 gaps["no image token id"] = raises(AttributeError, lambda: utils.qwen2_5_vl_dedup_image_tokens([1, 2], processor))
 gaps["audio can be sampled"] = audio_id not in utils.get_vision_placeholder_token_ids(processor)

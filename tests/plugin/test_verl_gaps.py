@@ -22,6 +22,7 @@ GAPS = {
     "towers sharded apart": "for_verl/omni.py ThinkerOnly.__init__",
     "towers trained": "for_verl/omni.py ThinkerOnly.from_pretrained",
     "no maximal length": "for_verl/omni.py show_the_text_config",
+    "no word of tied embeddings": "for_verl/omni.py show_the_text_config",
     "no position rows": "for_verl/omni.py audio_positions",
     "no image token id": "for_verl/omni.py omni_processor",
     "audio can be sampled": "for_verl/agent_loop.py bias",
