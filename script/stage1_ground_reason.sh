@@ -31,7 +31,7 @@ case "${1:-}" in
   -h | --help) usage; exit 0 ;;
 esac
 
-require "${MODEL:?is not set: the model to train, a Hugging Face directory or a name on the hub}/config.json" \
+require "${MODEL:?is not set: the directory of the model to train}/config.json" \
   "MODEL has to be a Hugging Face directory."
 require "${TRAIN_FILE:?is not set: rows made by python -m converters.sft_jsonl}" \
   "Make it with: $PYTHON -m converters.sft_jsonl IN.jsonl $TRAIN_FILE --audio-root DIR"

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import open as open_with_progress
 
 from echo_plugins.audio import SAMPLING_RATE, parse_fragment
-from echo_plugins.model import FAMILIES, OmniFamily
+from echo_plugins.model import OmniFamily, family_of, hop_length
 from echo_plugins.relisten.prompt import AUDIO_TAG
 from echo_plugins.relisten.segment import Segment
 
@@ -47,16 +47,13 @@ class Lengths:
     encode: Callable[[str], list[int]]
 
     @classmethod
-    def of_model(cls, model: str) -> Lengths:
-        """`model` is a directory or a name on the hub. Raises ValueError when it is no Omni model."""
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+    def of_model(cls, model_dir: str | Path) -> Lengths:
+        """Raises ValueError when the directory holds no Omni model."""
+        from transformers import AutoTokenizer
 
-        model_type = AutoConfig.from_pretrained(model).model_type
-        if model_type not in FAMILIES:
-            raise ValueError(f"{model}: model_type {model_type!r} is not one of {sorted(FAMILIES)}")
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        hop_length = AutoFeatureExtractor.from_pretrained(model).hop_length
-        return cls(FAMILIES[model_type], hop_length, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        return cls(family_of(model_dir), hop_length(model_dir), encode)
 
     def num_tokens(self, row: dict[str, Any]) -> int:
         """Tokens of a row of `converters.sft_jsonl` in training. Raises BadRowError."""
@@ -133,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("rows", type=Path, metavar="ROWS.jsonl")
     parser.add_argument("fit", type=Path, metavar="FIT.jsonl", help="the rows that fit, in the same order")
-    parser.add_argument("--model", required=True, help="directory, or name on the hub, of the model to train")
+    parser.add_argument("--model", required=True, help="directory of the model to train")
     parser.add_argument("--max-length", type=int, required=True, help="tokens of a row, inserted audio counted")
     parser.add_argument("--overlong", type=Path, required=True, help="JSONL that names the rows left out")
     args = parser.parse_args(argv)
