@@ -33,9 +33,6 @@ from echo_plugins.relisten.prompt import Mode, question_text
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
 from echo_plugins.relisten.trajectory import Attempt, Settings, StopReason, Trajectory, Turn, expand_placeholders
 
-# A process in which others have used torch may hold OpenMP threads, which do not survive a fork.
-_TORCH_WAS_THERE = "torch" in sys.modules
-
 # Set before vLLM is imported, where the user has not set them.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -187,6 +184,9 @@ _running = False
 
 def _start(settings: EngineSettings) -> Any:
     on_cpu = settings.device == "cpu"
+    # Where torch was used with several threads before us there are OpenMP threads, which do not survive a fork.
+    torch = sys.modules.get("torch")
+    can_fork = torch is None or torch.get_num_threads() == 1
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
         os.environ.setdefault(name, value)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -194,7 +194,7 @@ def _start(settings: EngineSettings) -> Any:
 
     args = settings.engine_args()
     config = AsyncEngineArgs(**args).create_engine_config()
-    if on_cpu and not _TORCH_WAS_THERE:
+    if on_cpu and can_fork:
         # vLLM has just asked for spawn, for the sake of its thread binding. A fork need not import torch once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     with _children_end_with_us():
@@ -238,9 +238,9 @@ class Engine:
         self._processor = llm.renderer.get_mm_processor().info.get_hf_processor()
         extractor = audio.pad_to_longest(self._processor.feature_extractor)
         self._max_samples = extractor.n_samples
-        self._tokenizer = llm.get_tokenizer()
-        self._ids = self._family.special_ids(self._tokenizer, settings.model)
-        self._bias = dict.fromkeys(self._family.banned_ids(self._tokenizer), -100.0)  # vLLM's lowest
+        self.tokenizer = llm.get_tokenizer()
+        self.ids = self._family.special_ids(self.tokenizer, settings.model)
+        self._bias = dict.fromkeys(self._family.banned_ids(self.tokenizer), -100.0)  # vLLM's lowest
         self._decoders = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio")
 
     async def answer(self, question: Question, sampling: Sampling) -> Outcome:
@@ -269,7 +269,7 @@ class Engine:
             limit, seconds = self._max_samples / audio.SAMPLING_RATE, num_samples / audio.SAMPLING_RATE
             raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
         prompt = self.prompt_ids(question, sampling.mode)
-        num_tokens = len(expand_placeholders(prompt, self._ids.audio, [self.count_audio_tokens(num_samples)]))
+        num_tokens = len(expand_placeholders(prompt, self.ids.audio, [self.count_audio_tokens(num_samples)]))
         room = self._max_model_len - num_tokens
         if room < 1:
             raise ValueError(f"the prompt has {num_tokens} tokens and the engine takes {self._max_model_len}")
@@ -277,7 +277,7 @@ class Engine:
             prompt,
             num_samples,
             audio.SAMPLING_RATE,
-            self._ids,
+            self.ids,
             sampling.turn_settings(min(sampling.max_tokens, room)),
             decode=self._decode,
             encode=self._encode,
@@ -334,7 +334,7 @@ class Engine:
         except (ValueError, EngineGenerateError) as error:
             return trajectory.fail(f"{type(error).__name__}: {error.__cause__ or error}")
         counts = [self.count_audio_tokens(len(clip)) for clip in clips]
-        if list(last.prompt_token_ids) != expand_placeholders(turn.engine_ids, self._ids.audio, counts):
+        if list(last.prompt_token_ids) != expand_placeholders(turn.engine_ids, self.ids.audio, counts):
             return trajectory.fail("the engine's prompt is not ours: audio token counts differ from its own")
         completion = last.outputs[0]
         logprobs = [
@@ -352,10 +352,10 @@ class Engine:
         return self._family.num_audio_tokens(num_samples, self._hop_length)
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _load(question: Question) -> tuple[np.ndarray, str]:
