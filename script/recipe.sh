@@ -105,7 +105,7 @@ infer() {
   local name
   if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then
     name="$(basename "$EVAL_AUDIO_QA" .jsonl)"
-    env MODEL="$MERGED_DIR" AUDIO_QA="$EVAL_AUDIO_QA" OUTPUT_DIR="$EVAL_DIR/$name" \
+    env MODEL="$MERGED_DIR" AUDIO_QA="$EVAL_AUDIO_QA" AUDIO_ROOT="$AUDIO_ROOT" OUTPUT_DIR="$EVAL_DIR/$name" \
       bash "$ROOT/script/inference.sh" "${WORDS[@]}"
   fi
   for name in ${BENCHMARKS:-}; do
@@ -115,8 +115,9 @@ infer() {
   done
 }
 
+# inference.sh has scored each file already; here they are scored anew, as after a change of the scorer, into text files.
 stage_score() {
-  local name mode names=() rows
+  local name mode names=() rows command
   if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then names+=("$(basename "$EVAL_AUDIO_QA" .jsonl)"); fi
   # shellcheck disable=SC2206  # names are separated by blanks
   names+=(${BENCHMARKS:-})
@@ -125,7 +126,8 @@ stage_score() {
     for mode in $EVAL_MODES; do
       rows="$EVAL_DIR/$name/$mode"
       require "$rows.jsonl" "Run the stage infer first."
-      run "$PYTHON" -m eval.score "$rows.jsonl" --json "$rows.json" --rows "$rows.verdicts.jsonl"
+      command=("$PYTHON" -m eval.score "$rows.jsonl" --json "$rows.json" --rows "$rows.verdicts.jsonl")
+      if [[ "$DRY_RUN" == 1 ]]; then run "${command[@]}"; else run "${command[@]}" > "$rows.txt"; fi
     done
   done
   run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"

@@ -180,7 +180,9 @@ fi
 mkdir -p "$OUTPUT_DIR"
 exec 9> "$OUTPUT_DIR/.lock"
 flock --wait 60 9 || die "another run still writes $OUTPUT_DIR: wait for it, or end it (fuser $OUTPUT_DIR/.lock names it)."
-if [[ -n "${RAY_DIR:-}" ]]; then rm -rf -- "$RAY_DIR"; fi
+if [[ -n "${RAY_DIR:-}" ]]; then
+  rm -rf -- "$RAY_DIR"
+  trap 'rm -rf -- "$RAY_DIR"' EXIT
+fi
 note "$OUTPUT_DIR/train.log has all of the output, $OUTPUT_DIR/metrics.jsonl the numbers"
 run "${command[@]}" 2>&1 | tee -a "$OUTPUT_DIR/train.log"
-if [[ -n "${RAY_DIR:-}" ]]; then rm -rf -- "$RAY_DIR"; fi
