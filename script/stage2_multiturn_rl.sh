@@ -125,6 +125,7 @@ if [[ "$DEVICE" == cpu ]]; then
   environment+=(
     VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
     VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
+    TORCH_COMPILE_DISABLE=1 VLLM_PLUGINS=  # both only lengthen the start: see eval/engine.py
     RAY_worker_niceness=0  # Ray's default is 15: whatever else the machine does would come first
   )
   model+=(
