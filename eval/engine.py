@@ -86,7 +86,8 @@ class EngineSettings:
         """The arguments of vLLM's AsyncEngineArgs."""
         args: dict[str, Any] = {
             "model": self.model,
-            "dtype": self.dtype,
+            # vLLM's own "auto" runs float32 checkpoints in bfloat16, in which likely tokens tie.
+            "dtype": "float32" if self.dtype == "auto" and self.device == "cpu" else self.dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
             "max_num_seqs": self.num_seqs,
             "max_model_len": self.max_model_len,
@@ -231,7 +232,7 @@ class Engine:
     """Answers questions. Made by `running_engine`; safe for any number of concurrent calls on one event loop."""
 
     def __init__(self, llm: Any, settings: EngineSettings) -> None:
-        self._llm = llm
+        self.llm = llm
         self._family = family_of(settings.model)
         self._hop_length = hop_length(settings.model)
         self._max_model_len = llm.model_config.max_model_len
@@ -326,8 +327,8 @@ class Engine:
         request_id = f"{row_id}-{trajectory.num_turns}"
         try:
             # Rendering here and not in generate() keeps feature extraction off the event loop.
-            (rendered,) = await self._llm.renderer.render_cmpl_async([prompt])
-            async for output in self._llm.generate(rendered, params, request_id):
+            (rendered,) = await self.llm.renderer.render_cmpl_async([prompt])
+            async for output in self.llm.generate(rendered, params, request_id):
                 last = output
         except EngineDeadError as error:
             raise EngineDied(f"the engine died at row {row_id!r}; its own messages are above") from error

@@ -81,7 +81,7 @@ def main(
         int | None, typer.Option(min=1, help="Engines side by side, in Ray actors. Default: one a visible GPU.")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs for each engine.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto is the model's own.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto: float32 on CPU, else the model's own.")] = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and response. Default: the model's.")
     ] = None,
