@@ -188,4 +188,8 @@ fi
 # verl empties the file when it starts: what an earlier try logged is kept beside it as metrics.TIME.jsonl.
 if [[ -e "$OUTPUT_DIR/metrics.jsonl" ]]; then mv "$OUTPUT_DIR/metrics.jsonl" "$OUTPUT_DIR/metrics.$(date +%s).jsonl"; fi
 note "$OUTPUT_DIR/train.log has all of the output, $OUTPUT_DIR/metrics.jsonl the numbers"
-run "${command[@]}" 2>&1 | tee -a "$OUTPUT_DIR/train.log"
+# In braces, so that bash has read to the end when a run of hours begins: this file may change meanwhile.
+{
+  run "${command[@]}" 2>&1 | tee -a "$OUTPUT_DIR/train.log"
+  exit
+}

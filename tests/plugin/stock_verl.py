@@ -66,7 +66,7 @@ gaps["audio can be sampled"] = audio_id not in utils.get_vision_placeholder_toke
 
 part = {"type": "audio", "audio": wav}
 messages = [{"role": "user", "content": [part]}]
-gaps["audio stays a path"] = RLHFDataset._process_multi_modal_info(messages, 14, None)[2] == [wav]
+gaps["audio stays a path"] = RLHFDataset._process_multi_modal_info(messages, 14, OmegaConf.create())[2] == [wav]
 row = {"prompt": [{"role": "user", "content": "<audio>Which?"}], "audios": [wav], "data_source": "x"}
 Dataset.from_list([row]).to_parquet(str(folder / "row.parquet"))
 settings = {"max_prompt_length": 1000, "filter_overlong_prompts": True, "filter_overlong_prompts_workers": None}
@@ -75,6 +75,7 @@ with contextlib.redirect_stdout(sys.stderr):
     rows = RLHFDataset(str(folder / "row.parquet"), tokenizer, OmegaConf.create(settings), processor)
 gaps["audio rows filtered out"] = len(rows) == 0
 
+gaps["clips padded to the window"] = 'padding"] = "max_length"' in inspect.getsource(type(processor).__call__)
 empty = agent_loop.AgentLoopOutput(
     prompt_ids=[1], response_ids=[], response_mask=[], reward_score=0.0, metrics=agent_loop.AgentLoopMetrics()
 )

@@ -86,9 +86,10 @@ class Rollout:
         )
         self.tokenizer = processor.tokenizer
         self.server = ScriptedServer(self.tokenizer, script)
+        server: Any = self.server
         loop = agent_loop.RelistenAgentLoop(
             trainer_config=DictConfigWrap(config),
-            server_manager=self.server,
+            server_manager=server,
             tokenizer=self.tokenizer,
             processor=processor,
             dataset_cls=dataset.RelistenDataset,
@@ -153,7 +154,7 @@ def test_features_are_those_of_every_clip_and_reach_the_actor_through_verls_work
     roll_out: Any, processor: Any
 ) -> None:
     output = roll_out([LISTEN, " and <seg>2.00, 2.50</seg>", ANSWER]).output
-    worker = SimpleNamespace(
+    worker: Any = SimpleNamespace(
         processor=processor,
         tokenizer=processor.tokenizer,
         _get_mm_processor_kwargs=lambda audios: {"sampling_rate": 16_000},

@@ -51,7 +51,8 @@ def read(processor: Any, folder: Path, rows: list[dict[str, Any]], embed: bool =
             **settings,
         }
     )
-    return get_dataset_class(config)(str(path), processor.tokenizer, config, processor)
+    data_class: Any = get_dataset_class(config)
+    return data_class(str(path), processor.tokenizer, config, processor)
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import WhisperFeatureExtractor
+
+import echo_plugins.for_verl as for_verl
 
 GAPS = {
     "no processor": "for_verl/omni.py load_omni_processors",
@@ -28,6 +34,7 @@ GAPS = {
     "audio can be sampled": "for_verl/agent_loop.py bias",
     "audio stays a path": "for_verl/dataset.py _extract_audio_info",
     "audio rows filtered out": "for_verl/dataset.py maybe_filter_out_long_prompts",
+    "clips padded to the window": "for_verl/vllm_features.py, and pad_to_longest everywhere",
     "no empty response": "for_verl/agent_loop.py _response",
     "literal sync": "for_verl/trainer.py _build_replay_buffer",
     "no components in training": "for_verl/trainer.py _compute_metrics",
@@ -74,3 +81,34 @@ def test_vllm_on_cpu_drops_the_weights_that_verl_writes_into(monkeypatch: pytest
     layer = torch.nn.Linear(64, 64, bias=False)
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.weight.numel() == 0
+
+
+def test_vllm_pads_clips_to_the_longest_only() -> None:
+    from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
+
+    from echo_plugins.for_verl.vllm_features import pad_clips_to_longest
+
+    class Info:
+        def get_hf_processor(self, **_kwargs: object) -> Any:
+            return SimpleNamespace(feature_extractor=WhisperFeatureExtractor(chunk_length=300))
+
+    pad_clips_to_longest(Info)
+    clips = [np.zeros(16_000, np.float32), np.zeros(8_000, np.float32)]
+    extracted = Info().get_hf_processor().feature_extractor(clips, sampling_rate=16_000, return_tensors="pt")
+    assert extracted["input_features"].shape[-1] == 100
+    assert extracted["attention_mask"].sum(-1).tolist() == [100, 50]
+    assert hasattr(Qwen2_5OmniThinkerProcessingInfo.get_hf_processor, "__wrapped__")
+
+
+def test_importing_the_package_brings_each_adapter_to_the_module_it_extends() -> None:
+    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    assert get_trainer_cls("echo_sync").__module__ == "echo_plugins.for_verl.trainer"
+    assert _agent_loop_registry["relisten"]["_target_"] == "echo_plugins.for_verl.agent_loop.RelistenAgentLoop"
+
+
+def test_an_adapter_that_does_not_fit_is_loud(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises(ImportError):
+        for_verl._bring_in(".no_such_adapter")
+    assert "echo_plugins.for_verl.no_such_adapter does not fit this verl" in caplog.text
