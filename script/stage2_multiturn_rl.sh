@@ -37,6 +37,7 @@ OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
 : "${MAX_SEGMENTS:=8}" "${MIN_SEGMENT_SECONDS:=0.2}" "${STRADDLE:=cut}" "${RL_MODE:=interleaved}"
 : "${REWARD_PRESET:=paper}"
 # Memory and speed.
+: "${RL_ATTENTION:=sdpa}"        # flash_attention_2 where that package is installed
 : "${RL_TOKENS_PER_GPU:=$((2 * (RL_MAX_PROMPT + RL_MAX_RESPONSE)))}"  # a micro-batch
 : "${RL_GPU_MEMORY:=0.6}"        # vLLM's share
 : "${RL_OFFLOAD:=False}"         # parameters and optimiser to host memory between uses
@@ -66,6 +67,7 @@ algorithm=(
 )
 model=(
   actor_rollout_ref.model.path="$MODEL" actor_rollout_ref.model.use_remove_padding=True
+  +actor_rollout_ref.model.override_config.attn_implementation="$RL_ATTENTION"
 )
 actor=(
   actor_rollout_ref.actor.strategy=fsdp2
@@ -128,10 +130,7 @@ if [[ "$DEVICE" == cpu ]]; then
     TORCH_COMPILE_DISABLE=1 VLLM_PLUGINS=  # both only lengthen the start: see eval/engine.py
     RAY_worker_niceness=0  # Ray's default is 15: whatever else the machine does would come first
   )
-  model+=(
-    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
-    actor_rollout_ref.model.enable_gradient_checkpointing=False
-  )
+  model+=(actor_rollout_ref.model.enable_gradient_checkpointing=False)
   for role in actor ref; do
     actor+=(
       "actor_rollout_ref.$role.fsdp_config.model_dtype=fp32" "actor_rollout_ref.$role.fsdp_config.use_torch_compile=False"

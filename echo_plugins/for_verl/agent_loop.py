@@ -48,7 +48,9 @@ class RelistenAgentLoop(AgentLoopBase):
     processor: Any
 
     def __init__(self, *args: Any, hf_model_type: str | None = None, tools: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, hf_model_type=hf_model_type, **kwargs)
+        # The base class makes a builder of chat tokens that is of no use here, since the turn step keeps the ids, and
+        # warns of an unknown model type in every trajectory.
+        super().__init__(*args, hf_model_type="qwen2_5_vl", **kwargs)
         family = FAMILIES.get(hf_model_type or "")
         if family is None:
             raise ValueError(f"model type {hf_model_type!r} cannot listen: Echo knows {sorted(FAMILIES)}")
