@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGE_SECONDS = 420  # far more than a stage of QUICK=1 takes; a hang must end
+STAGE_SECONDS = 900  # minutes more than QUICK=1 takes from one kill to the next; a hang must end
 RUN_SECONDS = 900
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(3600)
 
 
 @dataclass
