@@ -50,6 +50,9 @@ require "$MODEL" "Run script/stage1_ground_reason.sh first, or point MODEL at a 
 require "$TRAIN_FILE" "Make it with python -m converters.rl_parquet."
 require "$VAL_FILE" "Make it with python -m converters.rl_parquet."
 
+# A path as a Hydra string: without quotes a blank, a comma or a bracket in it would mean something.
+hydra_string() { printf "'%s'" "${1//\'/\\\'}"; }
+
 environment=(
   VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl  # unlike the entry point, an error in the plug-in ends the run
   VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl"
@@ -57,7 +60,7 @@ environment=(
   PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 )
 data=(
-  data.train_files="$TRAIN_FILE" data.val_files="$VAL_FILE"
+  data.train_files="$(hydra_string "$TRAIN_FILE")" data.val_files="$(hydra_string "$VAL_FILE")"
   data.custom_cls.path=pkg://echo_plugins.for_verl.dataset data.custom_cls.name=RelistenDataset
   data.train_batch_size="$RL_BATCH_SIZE" data.seed="$SEED" data.dataloader_num_workers=0
   data.max_prompt_length="$RL_MAX_PROMPT" data.max_response_length="$RL_MAX_RESPONSE" data.filter_overlong_prompts=True
@@ -66,7 +69,7 @@ algorithm=(
   algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False
 )
 model=(
-  actor_rollout_ref.model.path="$MODEL" actor_rollout_ref.model.use_remove_padding=True
+  actor_rollout_ref.model.path="$(hydra_string "$MODEL")" actor_rollout_ref.model.use_remove_padding=True
   +actor_rollout_ref.model.override_config.attn_implementation="$RL_ATTENTION"
 )
 actor=(
@@ -105,20 +108,25 @@ reward=(
   reward.num_workers="$RL_REWARD_WORKERS" reward.reward_manager.source=importlib
   reward.reward_manager.name=EchoRewardManager
   reward.reward_manager.module.path=pkg://echo_plugins.for_verl.reward_manager
-  +reward.reward_kwargs.preset="$REWARD_PRESET"
+  +reward.reward_kwargs.preset="$(hydra_string "$REWARD_PRESET")"
 )
 trainer=(
   trainer.v1.trainer_mode=echo_sync trainer.nnodes="$NUM_NODES" trainer.n_gpus_per_node="$NUM_GPUS"
-  trainer.project_name=echo trainer.experiment_name="$(basename "$(dirname "$OUTPUT_DIR")")"
+  trainer.project_name=echo trainer.experiment_name="$(hydra_string "$(basename "$(dirname "$OUTPUT_DIR")")")"
   trainer.total_epochs="${RL_STEPS:-$RL_EPOCHS}" trainer.total_training_steps="${RL_STEPS:-null}"
   trainer.save_freq="$RL_SAVE_FREQ" trainer.test_freq="$RL_TEST_FREQ"
   trainer.val_before_train="$([[ "$RL_TEST_FREQ" -gt 0 ]] && echo True || echo False)"
   trainer.max_actor_ckpt_to_keep="$RL_KEEP_CHECKPOINTS" trainer.resume_mode=auto
-  trainer.default_local_dir="$OUTPUT_DIR" trainer.rollout_data_dir="$OUTPUT_DIR/trajectories"
-  trainer.validation_data_dir="$OUTPUT_DIR/validation" "trainer.logger=[$RL_LOGGER]"
-  hydra.run.dir="$OUTPUT_DIR/hydra"
+  trainer.default_local_dir="$(hydra_string "$OUTPUT_DIR")" "trainer.logger=[$RL_LOGGER]"
+  trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"
+  trainer.validation_data_dir="$(hydra_string "$OUTPUT_DIR/validation")"
+  hydra.run.dir="$(hydra_string "$OUTPUT_DIR/hydra")"
 )
-ray=(+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl)
+# What other nodes of a cluster do not take over from this shell.
+ray=(
+  +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl
+  +ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH="$(hydra_string "$ROOT${PYTHONPATH:+:$PYTHONPATH}")"
+)
 
 if [[ "$DEVICE" == cpu ]]; then
   # fp32 and no sleeping engine: what a GPU saves memory with needs a GPU. The rest of the block says "CPU" to each of

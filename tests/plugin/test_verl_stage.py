@@ -1,0 +1,100 @@
+"""script/stage2_multiturn_rl.sh up to the command that it runs. Hydra composes verl's configuration from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+STAGE = Path(__file__).resolve().parents[2] / "script" / "stage2_multiturn_rl.sh"
+GIVEN = {"MODEL": "model", "TRAIN_FILE": "train.parquet", "VAL_FILE": "val.parquet", "OUTPUT_DIR": "out"}
+
+
+def stage(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RL_", "RAY_", "VERL_"))}
+    values = {**clean, "PYTHON": sys.executable, "DRY_RUN": "1", **environment}
+    return subprocess.run(["bash", str(STAGE), *words], capture_output=True, text=True, env=values, check=False)
+
+
+def configuration(*words: str, **environment: str) -> Any:
+    """verl's configuration as the stage's command sets it."""
+    done = stage(*words, **{**GIVEN, **environment})
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout.replace("\\\n", " "))
+    overrides = command[command.index("verl.trainer.main_ppo") + 1 :]
+    found = importlib.util.find_spec("verl")
+    assert found is not None and found.origin is not None
+    with initialize_config_dir(str(Path(found.origin).parent / "trainer" / "config"), version_base=None):
+        return compose("ppo_trainer", overrides=[word for word in overrides if not word.startswith("hydra.")])
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = configuration()
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert config.algorithm.adv_estimator == "grpo" and not config.algorithm.use_kl_in_reward
+    assert (actor.use_kl_loss, actor.kl_loss_coef, actor.kl_loss_type) == (True, 0.04, "low_var_kl")
+    assert (actor.optim.lr, config.data.train_batch_size, actor.ppo_mini_batch_size) == (1e-6, 64, 32)
+    assert (rollout.n, rollout.temperature, config.trainer.total_epochs) == (8, 1.0, 1)
+    assert config.trainer.total_training_steps is None
+    assert config.actor_rollout_ref.model.use_remove_padding and config.trainer.resume_mode == "auto"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_paths_with_blanks_brackets_and_quotes_arrive_as_they_are(device: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my data, (v2) [x]=it's"
+    places = {"MODEL": str(folder / "m"), "TRAIN_FILE": str(folder / "t"), "OUTPUT_DIR": str(folder / "o")}
+    config = configuration(DEVICE=device, **places)
+    assert config.actor_rollout_ref.model.path == places["MODEL"]
+    assert config.data.train_files == places["TRAIN_FILE"]
+    assert config.trainer.default_local_dir == places["OUTPUT_DIR"]
+
+
+def test_a_cpu_differs_from_a_gpu_in_numbers_and_devices_only() -> None:
+    cpu, cuda = configuration(DEVICE="cpu", RL_WORKERS="2"), configuration()
+    assert (cpu.trainer.device, cpu.trainer.n_gpus_per_node) == ("cpu", 2)
+    assert cuda.trainer.n_gpus_per_node == 8
+    for name in ("data", "algorithm", "echo"):
+        assert cpu[name] == cuda[name]
+    for role in ("actor", "ref"):
+        assert cpu.actor_rollout_ref[role].strategy == cuda.actor_rollout_ref[role].strategy == "fsdp2"
+    for config in (cpu, cuda):
+        assert config.trainer.v1.trainer_mode == "echo_sync"
+        assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "relisten"
+        assert config.actor_rollout_ref.rollout.calculate_log_probs
+
+
+def test_words_at_the_end_and_rl_args_have_the_last_say() -> None:
+    config = configuration("trainer.save_freq=7", RL_ARGS="trainer.test_freq=5 data.shuffle=False", RL_SAVE_FREQ="3")
+    assert (config.trainer.save_freq, config.trainer.test_freq, config.data.shuffle) == (7, 5, False)
+
+
+def test_steps_decide_when_they_are_given() -> None:
+    config = configuration(RL_STEPS="12")
+    assert config.trainer.total_training_steps == 12 and config.trainer.total_epochs >= 12
+
+
+def test_a_run_starts_its_own_ray_unless_it_is_sent_to_a_cluster() -> None:
+    own, sent = configuration(), configuration(RAY_ADDRESS="10.0.0.1:6379")
+    assert own.ray_kwargs.ray_init.address == "local"
+    assert len(f"{own.ray_kwargs.ray_init._temp_dir}/session_2026-11-21_23-14-15_950000_12345/sockets/raylet") < 100
+    assert "address" not in sent.ray_kwargs.ray_init and "_temp_dir" not in sent.ray_kwargs.ray_init
+    assert own.ray_kwargs.ray_init._temp_dir != configuration(OUTPUT_DIR="other").ray_kwargs.ray_init._temp_dir
+
+
+def test_what_is_missing_is_named() -> None:
+    done = stage(**{name: value for name, value in GIVEN.items() if name != "MODEL"})
+    assert done.returncode != 0 and "MODEL: is the model directory to start from" in done.stderr
+    done = stage(**{**GIVEN, "DRY_RUN": "0", "MODEL": "/nowhere"})
+    assert done.returncode == 1 and "/nowhere does not exist. Run script/stage1" in done.stderr
+
+
+def test_help_says_what_to_give() -> None:
+    done = stage("--help")
+    assert done.returncode == 0 and "TRAIN_FILE, VAL_FILE" in done.stdout and "set -euo" not in done.stdout
