@@ -24,14 +24,15 @@ require() {
   [[ "$DRY_RUN" == 1 || -e "$1" ]] || die "$1 does not exist. $2"
 }
 
-# An option or override a line, so that sixty of them can be read; the whole can be pasted into a shell.
+# An option, override or variable a line, so that sixty can be read; the whole can be pasted into a shell.
 print_command() {
-  local word begins='^(--|\+|[a-z_.]+=)' plain='^[A-Za-z0-9_./:=+,@%-]+$' separator=''
+  local word next='' begins='^(--|\+|[A-Za-z0-9_.]+=)' variable='^[A-Z0-9_]+=' plain='^[A-Za-z0-9_./:=+,@%-]+$'
+  local line=$' \\\n  '
   for word in "$@"; do
-    [[ -n "$separator" && "$word" =~ $begins ]] && separator=$' \\\n  '
-    [[ "$word" =~ $plain ]] || word="${word@Q}"
-    printf '%s%s' "$separator" "$word"
-    separator=' '
+    if [[ -n "$next" && "$word" =~ $begins ]]; then next="$line"; fi
+    printf '%s' "$next"
+    if [[ "$word" =~ $variable ]]; then next="$line"; else next=' '; fi
+    if [[ "$word" =~ $plain ]]; then printf '%s' "$word"; else printf '%s' "${word@Q}"; fi
   done
   printf '\n'
 }

@@ -51,11 +51,12 @@ AT_ONCE=$((SFT_MICRO_BATCH * NNODES * (NUM_GPUS > 0 ? NUM_GPUS : 1)))
 ((SFT_BATCH_SIZE % AT_ONCE == 0)) ||
   die "SFT_BATCH_SIZE=$SFT_BATCH_SIZE is no multiple of the $AT_ONCE rows that SFT_MICRO_BATCH=$SFT_MICRO_BATCH on NUM_GPUS=$NUM_GPUS holds at once" 2
 
+ENVIRONMENT=(env "PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false)
 DEVICES=()
 if ((NUM_GPUS > 0)); then
-  export NPROC_PER_NODE="$NUM_GPUS" # ms-swift starts one process a GPU
+  ENVIRONMENT+=("NPROC_PER_NODE=$NUM_GPUS") # ms-swift starts one process a GPU
 else
-  export CUDA_VISIBLE_DEVICES=''
+  ENVIRONMENT+=(CUDA_VISIBLE_DEVICES=)
   DEVICES+=(--dataloader_pin_memory false)
 fi
 [[ -z "$SFT_DEEPSPEED" ]] || DEVICES+=(--deepspeed "$SFT_DEEPSPEED")
@@ -92,12 +93,11 @@ if [[ "$DRY_RUN" != 1 ]]; then
   fi
 fi
 
-export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 ROWS="$OUTPUT_DIR/rows.jsonl"
-run "$PYTHON" -m echo_plugins.for_swift.dataset "$TRAIN_FILE" "$ROWS" \
+run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$TRAIN_FILE" "$ROWS" \
   --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/overlong.jsonl"
 
-run "$(dirname "$PYTHON")/swift" sft \
+run "${ENVIRONMENT[@]}" "$(dirname "$PYTHON")/swift" sft \
   --model "$MODEL" \
   --external_plugins "$ROOT/echo_plugins/for_swift/plugin.py" \
   --dataset "$ROWS" \
@@ -136,7 +136,8 @@ CHECKPOINT="$(last_checkpoint)"
 [[ -n "$CHECKPOINT" ]] || die "ms-swift left no checkpoint in $OUTPUT_DIR; its own messages above say why."
 if [[ "$SFT_TUNER" == lora ]]; then
   rm -rf "$OUTPUT_DIR/last"
-  run "$(dirname "$PYTHON")/swift" export --adapters "$CHECKPOINT" --merge_lora true --output_dir "$OUTPUT_DIR/last"
+  run "${ENVIRONMENT[@]}" "$(dirname "$PYTHON")/swift" export \
+    --adapters "$CHECKPOINT" --merge_lora true --output_dir "$OUTPUT_DIR/last"
 else
   ln -sfn "$(basename "$CHECKPOINT")" "$OUTPUT_DIR/last"
 fi
