@@ -102,14 +102,13 @@ def scores(predictions: Path) -> Scores:
     """The totals of `eval.score` beside MODE.jsonl, and what the rows themselves say."""
     totals = json.loads(predictions.with_suffix(".json").read_text())
     rows = list(json_lines(predictions))
-    inserted = sum(1 for row in rows for segment in row["segments"] if not segment.get("refusal"))
     return Scores(
         name=predictions.parent.name,
         mode=predictions.stem,
         total=totals["total"],
         unanswered=totals["unanswered"],
         chance=sum(1 / len(row["choices"]) for row in rows) / len(rows),
-        clips_per_row=inserted / len(rows),
+        clips_per_row=totals["segments"]["inserted"] / totals["total"],
         official_accuracy=totals["official_accuracy"],
         official_interval=totals["official_interval"],
         strict_accuracy=totals["strict_accuracy"],
