@@ -50,6 +50,8 @@ prepare_data() {
   : "${RL_AUDIO_QA:?is not set: the AudioQA manifest for RL (see recipes/$RECIPE/recipe.env)}"
   : "${AUDIO_ROOT:?is not set: the folder that the audio paths in the manifests start from}"
   : "${SFT_AUDIO_QA:=$RL_AUDIO_QA}"
+  require "$RL_AUDIO_QA" "RL_AUDIO_QA is the AudioQA manifest for RL: recipes/$RECIPE/recipe.env says where to get it."
+  require "$SFT_AUDIO_QA" "SFT_AUDIO_QA is the AudioQA manifest for SFT: see recipes/$RECIPE/recipe.env."
   if [[ -z "${VAL_AUDIO_QA:-}" ]]; then
     VAL_AUDIO_QA="$DATA_DIR/val.jsonl"
     run "$PYTHON" -m converters.holdout "$RL_AUDIO_QA" --rows "$RL_HOLDOUT" --held "$VAL_AUDIO_QA" \

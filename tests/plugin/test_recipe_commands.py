@@ -27,8 +27,7 @@ print("PARSED" + json.dumps({"unknown": unknown, "fields": fields}))
 
 def dry_run(recipe: str, stage: str, **environment: str) -> list[list[str]]:
     """The words of every command that a stage of the recipe would run."""
-    given = {"RL_AUDIO_QA": "rl.jsonl", "AUDIO_ROOT": "audio", "BENCHMARK_ROOT": "benchmarks", **environment}
-    values = {**os.environ, "DRY_RUN": "1", "PYTHON": sys.executable, **given}
+    values = {**os.environ, "DRY_RUN": "1", "PYTHON": sys.executable, **environment}
     command = ["bash", str(ROOT / "recipes" / recipe / "run.sh"), stage]
     done = subprocess.run(command, capture_output=True, text=True, env=values, check=True)
     printed = done.stdout.replace(" \\\n  ", " ").split("\n")
