@@ -32,8 +32,19 @@ lint() {
 cd "$ROOT"
 bash script/setup.sh cpu
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-paths=()
+failed=()
+check() {
+  local status=0
+  run "$PYTHON" -m pytest --durations 5 "$@" || status=$?
+  # 5: WORDS chose no test of this file
+  ((status == 0 || status == 5)) || failed+=("$1")
+}
 for layer in "${layers[@]}"; do
-  if [[ "$layer" == lint ]]; then lint; else paths+=("tests/$layer"); fi
+  case "$layer" in
+    lint) lint ;;
+    # A process a file: ms-swift and verl both change transformers as they are imported, and no stage has both.
+    plugin) for file in tests/plugin/test_*.py; do check "$file" "$@"; done ;;
+    *) check "tests/$layer" "$@" ;;
+  esac
 done
-((${#paths[@]} == 0)) || run "$PYTHON" -m pytest --durations 15 "${paths[@]}" "$@"
+((${#failed[@]} == 0)) || die "tests failed in ${failed[*]}"
