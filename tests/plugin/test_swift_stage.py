@@ -1,0 +1,132 @@
+"""script/stage1_ground_reason.sh with the tiny model: going on after a kill, what it trains, what it leaves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoProcessor,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+
+from converters.sft_jsonl import main as sft_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "NUM_GPUS": "0",
+    "SFT_DTYPE": "float32",
+    "SFT_RECOMPUTE": "false",
+    "SFT_BATCH_SIZE": "4",
+    "SFT_MICRO_BATCH": "2",
+    "SFT_LR": "1e-3",
+    "SFT_SAVE_STEPS": "2",
+    "SFT_LOG_STEPS": "1",
+    "SFT_MAX_STEPS": "4",
+    "SFT_WARMUP_RATIO": "0",  # with a warm-up the first step has a learning rate of 0
+    "OMP_NUM_THREADS": "1",
+}
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def rows_file(soundscapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    sft_jsonl(soundscapes / "sft.jsonl", target, audio_root=soundscapes, mode="interleaved", workers=1)
+    return target
+
+
+def train(model: Path, rows: Path, output: Path, **settings: str) -> str:
+    """Run the stage; returns what it said on stderr."""
+    places = {"MODEL": str(model), "TRAIN_FILE": str(rows), "OUTPUT_DIR": str(output), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(ROOT / "script" / "stage1_ground_reason.sh")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **SETTINGS, **places, **settings},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def losses(output: Path) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in (output / "logging.jsonl").open()]
+    return [(line["global_step/max_steps"], line["loss"]) for line in lines if "loss" in line]
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return Qwen2_5OmniForConditionalGeneration.from_pretrained(model, dtype=torch.float32).state_dict()
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """The parts of the model whose weights differ: thinker.model, thinker.audio_tower, talker, ..."""
+    assert before.keys() == after.keys()
+    names = {name for name in before if not torch.equal(before[name], after[name])}
+    return {".".join(name.split(".")[:2]) if name.startswith("thinker") else name.split(".")[0] for name in names}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sft") / "out"
+    train(tiny_model, rows_file, output, SFT_FREEZE_AUDIO="false")
+    return output
+
+
+def test_it_trains_the_text_model_and_when_asked_the_audio_tower(trained: Path, tiny_model: Path) -> None:
+    parts = changed(weights(tiny_model), weights(trained / "last"))
+    assert parts == {"thinker.model", "thinker.lm_head", "thinker.audio_tower"}
+    first, last = losses(trained)[0], losses(trained)[-1]
+    assert (first[0], last[0]) == ("1/4", "4/4") and float(last[1]) < float(first[1])
+
+
+def test_the_trained_model_is_complete(trained: Path, tiny_model: Path) -> None:
+    last = trained / "last"
+    for name in ("spk_dict.pt", "generation_config.json", "config.json", "tokenizer.json"):
+        assert (last / name).is_file(), name
+    whole = Qwen2_5OmniForConditionalGeneration.from_pretrained(last).thinker.state_dict()
+    loaded: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(last, output_loading_info=True)
+    thinker, report = loaded
+    assert not report["missing_keys"]
+    assert all(torch.equal(whole[name], weight) for name, weight in thinker.state_dict().items())
+    ours, base = (AutoProcessor.from_pretrained(path) for path in (last, tiny_model))
+    assert ours.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    assert ours.feature_extractor.to_dict() == base.feature_extractor.to_dict()
+    assert ours.chat_template == base.chat_template
+
+
+def test_after_a_kill_it_goes_on_from_the_last_whole_checkpoint(
+    trained: Path, tiny_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(trained, output, symlinks=True)
+    for half_written in ("checkpoint-4", "checkpoint-10"):  # one with a cut state, one without
+        shutil.rmtree(output / half_written, ignore_errors=True)
+        shutil.copytree(output / "checkpoint-2", output / half_written)
+    (output / "checkpoint-10" / "trainer_state.json").unlink()
+    state = output / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    said = train(tiny_model, rows_file, output, SFT_FREEZE_AUDIO="false")
+    assert f"going on from {output}/checkpoint-2" in said
+    first, again = losses(output)[:4], losses(output)[4:]
+    assert again == first[2:]
+    assert not changed(weights(trained / "last"), weights(output / "last"))
+
+
+def test_the_audio_tower_stays_as_it_is_by_default(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    train(tiny_model, rows_file, tmp_path, SFT_MAX_STEPS="1")
+    assert changed(weights(tiny_model), weights(tmp_path / "last")) == {"thinker.model", "thinker.lm_head"}
+
+
+def test_lora_leaves_a_merged_model(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    train(tiny_model, rows_file, tmp_path, SFT_MAX_STEPS="1", SFT_TUNER="lora")
+    assert changed(weights(tiny_model), weights(tmp_path / "last")) == {"thinker.model"}
+    assert (tmp_path / "last" / "spk_dict.pt").is_file()
+    AutoProcessor.from_pretrained(tmp_path / "last")
