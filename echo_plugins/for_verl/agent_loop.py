@@ -106,6 +106,13 @@ class RelistenAgentLoop(AgentLoopBase):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _expand(self, prompt: Sequence[int], audios: Sequence[np.ndarray]) -> list[int]:
+        """The prompt as the trainer takes it. Raises AudioError and PromptTooLongError for what would not fit."""
+        window = self.processor.feature_extractor.n_samples
+        if any(len(audio) > window for audio in audios):
+            raise AudioError(
+                f"{len(audios[0]) / SAMPLING_RATE:.1f} s of audio: the model hears {window / SAMPLING_RATE:g} s at most "
+                "and would cut the rest off without a word"
+            )
         counts = [self._count_audio_tokens(len(audio)) for audio in audios]
         expanded = expand_placeholders(prompt, self.ids.audio, counts)
         if len(expanded) > self.rollout_config.prompt_length:

@@ -47,6 +47,16 @@ class EchoTrainer(PPOTrainerSync):
         buffer.poll_interval = POLL_SECONDS
         return buffer
 
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """The first that verl does with a step's rollouts. Raises RuntimeError when none of them can be trained on."""
+        errors = [trajectory["error"] for trajectory in self._extra_fields(batch)]
+        if all(error is not None for error in errors):
+            raise RuntimeError(
+                f"step {self.global_steps}: each of its {len(errors)} rollouts failed, there is nothing to train on. "
+                f"The last one: {errors[-1] if errors else 'none came back'}"
+            )
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:

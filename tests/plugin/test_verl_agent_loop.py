@@ -23,7 +23,7 @@ from verl.workers.rollout.replica import TokenOutput
 import echo_plugins.for_verl.agent_loop as agent_loop
 import echo_plugins.for_verl.dataset as dataset
 import echo_plugins.for_verl.omni  # noqa: F401 - verl's processor for Omni
-from echo_plugins.for_verl.trainer import relisten_metrics, trajectory_row
+from echo_plugins.for_verl.trainer import EchoTrainer, relisten_metrics, trajectory_row
 from echo_plugins.model import QWEN2_5_OMNI
 from echo_plugins.relisten.trajectory import StopReason
 
@@ -215,16 +215,20 @@ def unreadable(folder: Path) -> str:
         ([], {"audio": "/nowhere.wav"}, "AudioError: /nowhere.wav: No such file"),
         ([], {"audio": "CUT"}, "AudioError"),
         ([], {"prompt_length": 30}, "over data.max_prompt_length=30"),
+        ([], {"audio": "ENDLESS"}, "31.0 s of audio: the model hears 30 s at most"),
         ([LISTEN, ray.exceptions.RayActorError()], {}, "RayActorError"),
         ([LISTEN, 60.0], {"rollout_timeout_seconds": 0.5}, "not done after 0.5 s"),
     ],
-    ids=["missing", "cut", "long", "engine", "time"],
+    ids=["missing", "cut", "long prompt", "long audio", "engine", "time"],
 )
 def test_a_failed_rollout_comes_back_as_data_outside_the_loss(
     roll_out: Any, tmp_path: Path, script: list[Any], settings: dict[str, Any], reason: str
 ) -> None:
     if settings.get("audio") == "CUT":
         settings = {**settings, "audio": unreadable(tmp_path)}
+    if settings.get("audio") == "ENDLESS":
+        settings = {**settings, "audio": str(tmp_path / "endless.wav")}
+        soundfile.write(settings["audio"], np.zeros(31 * 16_000), 16_000)
     rollout = roll_out(script, **settings)
     assert rollout.fields["stop_reason"] == StopReason.ERROR and reason in rollout.fields["error"]
     output = rollout.output
@@ -296,6 +300,16 @@ def test_a_steps_log_holds_rewards_segments_refusals_tokens_and_stop_reasons(dum
     assert metrics["stop/answered"] == pytest.approx(2 / 3) and metrics["stop/error"] == pytest.approx(1 / 3)
     assert metrics["stop/length"] == 0.0
     assert set(relisten_metrics(dumped[:1])) == set(metrics), "a curve needs its points in every step"
+
+
+@pytest.mark.parametrize("errors", [["no such file", "no such file"], []])
+def test_a_step_without_any_rollout_to_train_on_ends_the_run_with_the_reason(
+    errors: list[str],
+) -> None:
+    batch: Any = None
+    step: Any = SimpleNamespace(global_steps=3, _extra_fields=lambda _batch: [{"error": error} for error in errors])
+    with pytest.raises(RuntimeError, match=r"step 3: each of its \d rollouts failed.*(no such file|none came back)"):
+        EchoTrainer._balance_batch(step, batch, {})
 
 
 def test_a_trajectory_is_logged_as_one_line_of_json(dumped: list[dict[str, Any]]) -> None:
