@@ -110,8 +110,8 @@ class RelistenAgentLoop(AgentLoopBase):
         window = self.processor.feature_extractor.n_samples
         if any(len(audio) > window for audio in audios):
             raise AudioError(
-                f"{len(audios[0]) / SAMPLING_RATE:.1f} s of audio: the model hears {window / SAMPLING_RATE:g} s at most "
-                "and would cut the rest off without a word"
+                f"{len(audios[0]) / SAMPLING_RATE:.1f} s of audio: the model hears {window / SAMPLING_RATE:g} s at most"
+                " and would cut off the rest"
             )
         counts = [self._count_audio_tokens(len(audio)) for audio in audios]
         expanded = expand_placeholders(prompt, self.ids.audio, counts)
