@@ -78,10 +78,14 @@ KILL_WHEN: dict[str, Callable[[Chain], bool]] = {
 }
 
 
-def start(chain: Chain, log: Path) -> subprocess.Popen[bytes]:
+def environment_of(chain: Chain) -> dict[str, str]:
     settings = {"QUICK": "1", "RL_STEPS": "3", "DATA_TEST_ROWS": "48", "PYTHON": sys.executable}
-    environment = {**os.environ, **settings, "RUN_DIR": str(chain.run_dir)}
+    return {**os.environ, **settings, "RUN_DIR": str(chain.run_dir)}
+
+
+def start(chain: Chain, log: Path) -> subprocess.Popen[bytes]:
     command = ["bash", str(ROOT / "recipes" / "tiny-cpu" / "run.sh")]
+    environment = environment_of(chain)
     with log.open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
@@ -183,12 +187,11 @@ def test_the_closing_table_says_what_was_run_and_what_it_scores(chain: Chain) ->
 
 def test_a_finished_run_has_nothing_left_to_do_and_leaves_no_process(chain: Chain) -> None:
     before = {path: path.stat().st_mtime_ns for path in chain.run_dir.glob("manifests/*.json")}
-    environment = {**os.environ, "QUICK": "1", "RUN_DIR": str(chain.run_dir), "PYTHON": sys.executable}
     again = subprocess.run(
         ["bash", str(ROOT / "recipes" / "tiny-cpu" / "run.sh")],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment_of(chain),
         check=False,
     )
     assert again.returncode == 0, again.stderr
