@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -49,7 +48,8 @@ _CPU_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CLIENT_VARIABLE = "ECHO_ENGINE_CLIENT"  # the id of the process that started the engine
+CPU_MODEL_LEN = 8192  # tokens; where the model takes more, a CPU's memory and patience do not
 _DECODER_THREADS = 4  # soundfile and soxr release the GIL
 
 
@@ -96,9 +96,16 @@ class EngineSettings:
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # as in RL: after temperature and bias
             "disable_log_stats": True,
+            "worker_extension_cls": "eval.end_with_client.WorkerExtension",
         }
         if self.device == "cpu":
+            length = self.max_model_len or min(_max_positions(self.model), CPU_MODEL_LEN)
             args |= {
+                # A prompt in parts would end the engine: vLLM sets the seed of such a row back, which torch's generator
+                # cannot do on a CPU (v1/worker/gpu_model_runner.py:3640, "CPU Generator does not use offset").
+                "enable_chunked_prefill": False,
+                "max_model_len": length,
+                "max_num_batched_tokens": max(length, CPU_MODEL_LEN),
                 "block_size": 32,  # vLLM's CPU attention wants a multiple of 32; a turn reuses whole blocks only
                 "enforce_eager": True,
                 "skip_mm_profiling": True,
@@ -165,22 +172,34 @@ class Outcome:
 
 @contextlib.asynccontextmanager
 async def running_engine(settings: EngineSettings) -> AsyncIterator[Engine]:
-    """Start vLLM, yield the Engine, and shut it down. Raises RuntimeError when this process has one already."""
+    """Start vLLM, yield the Engine, and shut it down.
+
+    Raises EngineDied when it does not start, and RuntimeError when this process has an engine already.
+    """
     global _running
     if _running:
         raise RuntimeError("this process has an engine already; vLLM takes one a process")
     _running = True
-    llm = None
     try:
-        llm = _start(settings)
-        yield Engine(llm, settings)
+        try:
+            llm = _start(settings)
+        except RuntimeError as error:
+            raise EngineDied(f"the engine did not start: {error}") from error
+        try:
+            with ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio") as decoders:
+                yield Engine(llm, settings, decoders)
+        finally:
+            llm.shutdown()
     finally:
         _running = False
-        if llm is not None:
-            llm.shutdown()
 
 
 _running = False
+
+
+def _max_positions(model: str) -> int:
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    return config["thinker_config"]["text_config"]["max_position_embeddings"]
 
 
 def _start(settings: EngineSettings) -> Any:
@@ -190,6 +209,7 @@ def _start(settings: EngineSettings) -> Any:
     can_fork = torch is None or torch.get_num_threads() == 1
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
         os.environ.setdefault(name, value)
+    os.environ[CLIENT_VARIABLE] = str(os.getpid())
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -198,40 +218,13 @@ def _start(settings: EngineSettings) -> Any:
     if on_cpu and can_fork:
         # vLLM has just asked for spawn, for the sake of its thread binding. A fork need not import torch once more.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    with _children_end_with_us():
-        return AsyncLLM.from_vllm_config(config, disable_log_stats=args["disable_log_stats"])
-
-
-@contextlib.contextmanager
-def _children_end_with_us() -> Iterator[None]:
-    """Have the kernel kill what is forked inside when this process goes, however it goes.
-
-    vLLM's engine process outlives a client that was killed with -9, and keeps its memory, GPU memory too.
-    """
-    global _forking
-    if not _hooked:
-        _hooked.append(True)
-        os.register_at_fork(after_in_child=_end_with_parent)
-    _forking = True
-    try:
-        yield
-    finally:
-        _forking = False
-
-
-_forking = False
-_hooked: list[bool] = []  # a fork hook cannot be taken back, so there is one, which looks at `_forking`
-
-
-def _end_with_parent() -> None:
-    if _forking and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=args["disable_log_stats"])
 
 
 class Engine:
     """Answers questions. Made by `running_engine`; safe for any number of concurrent calls on one event loop."""
 
-    def __init__(self, llm: Any, settings: EngineSettings) -> None:
+    def __init__(self, llm: Any, settings: EngineSettings, decoders: ThreadPoolExecutor) -> None:
         self.llm = llm
         self._family = family_of(settings.model)
         self._hop_length = hop_length(settings.model)
@@ -242,7 +235,7 @@ class Engine:
         self.tokenizer = llm.get_tokenizer()
         self.ids = self._family.special_ids(self.tokenizer, settings.model)
         self._bias = dict.fromkeys(self._family.banned_ids(self.tokenizer), -100.0)  # vLLM's lowest
-        self._decoders = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio")
+        self._decoders = decoders
 
     async def answer(self, question: Question, sampling: Sampling) -> Outcome:
         """One question through all its turns. Raises EngineDied, and for nothing that the row did."""

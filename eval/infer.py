@@ -312,12 +312,14 @@ class _RayEngine:
         self._actor = actor
 
     async def answer(self, question: Question, sampling: Sampling) -> Outcome:
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             return await self._actor.answer.remote(question, sampling)
         except RayActorError as error:
             raise EngineDied(f"the process of an engine died at row {question.id!r}: {error}") from error
+        except RayTaskError as error:
+            raise error.cause from None  # ours, and not the transcript of it
 
 
 @contextlib.asynccontextmanager

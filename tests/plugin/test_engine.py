@@ -144,6 +144,16 @@ def test_sampling_depends_on_the_seed_and_the_row_not_on_order_or_company(
     assert all(one.response != two.response for one, two in zip(forward, renamed, strict=True))
 
 
+def test_more_prompts_at_once_than_fit_one_step_are_answered(engine_session: Any, clip: str) -> None:
+    sampling = Sampling(temperature=1.0, max_tokens=20)
+    asked = [
+        Question(f"{number}", str(engine_session.audio_root), clip, f"{number} " + "why " * 700, ("a", "b"))
+        for number in range(16)
+    ]
+    assert len(engine_session.engine.prompt_ids(asked[0], "plain")) * len(asked) > 8192
+    assert all(outcome.error is None for outcome in engine_session.answer(*asked, sampling=sampling))
+
+
 def test_each_turn_has_a_seed_of_its_own() -> None:
     seeds = {Sampling(seed=seed).turn_seed(row, turn) for seed in (0, 1) for row in ("a", "b") for turn in (0, 1)}
     assert len(seeds) == 8 and all(0 <= seed < 2**63 for seed in seeds)
