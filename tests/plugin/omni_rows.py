@@ -19,7 +19,7 @@ from verl.utils.tokenizer import hf_processor
 import echo_plugins.for_verl.omni  # noqa: F401 - registers the trainable class
 from echo_plugins.model import family_of, hop_length
 
-WARM_STEPS, WARM_ROWS = 40, 48
+WARM_STEPS, WARM_ROWS = 80, 48
 
 
 class Row:

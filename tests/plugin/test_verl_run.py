@@ -92,7 +92,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))},
         **{"MODEL": str(model), "TRAIN_FILE": str(train), "VAL_FILE": str(val), "OUTPUT_DIR": str(output)},
-        **{"DEVICE": "cpu", "RL_WORKERS": str(RANKS), "RL_STEPS": str(STEPS), "RL_GROUP": str(GROUP), "RL_LR": "1e-3"},
+        **{"DEVICE": "cpu", "RL_WORKERS": str(RANKS), "RL_STEPS": str(STEPS), "RL_GROUP": str(GROUP), "RL_LR": "1e-4"},
         **{"RL_BATCH_SIZE": str(BATCH), "RL_MINI_BATCH": str(BATCH // 2), "RL_MAX_PROMPT": "160", "MAX_SEGMENTS": "3"},
         **{"RL_MAX_RESPONSE": "96", "RL_SAVE_FREQ": "1", "RL_TEST_FREQ": str(STEPS), "RL_ARGS": "data.shuffle=False"},
     }
