@@ -27,6 +27,7 @@ _GROUP_ROWS = 1_000
 _GROUP_ROWS_EMBEDDED = 100  # some 16 MB of 5 s clips: a reader holds one group in memory
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+_EVENT = pa.struct([("label", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
 _EMBEDDED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -45,6 +46,7 @@ def schema(embed_audio: bool = False) -> pa.Schema:
                         ("id", pa.string()),
                         ("question", pa.string()),
                         ("choices", pa.list_(pa.string())),
+                        ("events", pa.list_(_EVENT)),
                         ("duration", pa.float64()),
                         ("index", pa.int64()),
                         ("num_audio_tokens", pa.int64()),
@@ -76,6 +78,10 @@ def rl_row(
             "id": record.id,
             "question": record.question,
             "choices": list(record.choices),
+            "events": [
+                {"label": event.label, "start": event.start_seconds, "end": event.end_seconds}
+                for event in record.events
+            ],
             "duration": audio.duration_seconds,
             "index": index,
             "num_audio_tokens": count_audio_tokens(audio.num_samples),

@@ -1,14 +1,19 @@
 """AudioQA manifest -> the JSONL that `swift sft` reads.
 
-    python -m converters.sft_jsonl IN.jsonl OUT.jsonl --audio-root DIR [--mode grounded|interleaved|plain]
+    python -m converters.sft_jsonl IN.jsonl OUT.jsonl --audio-root DIR [--mode grounded|interleaved|plain|MIX]
 
 grounded: tags are text. interleaved: `<audio>` after each tag that the rollout would insert a clip for, and the crop as
 `path#t=START,END` in `audios`. plain: no tags. Paths are absolute.
+
+A mix, such as `--mode interleaved=50,grounded=30,plain=20`, draws each row's mode by its id: a model that was trained
+on one mode alone has no answer in the others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +24,10 @@ from converters import conversion
 from converters.audio_qa import Reason, RowError, tags_of
 from converters.conversion import AudioFile, AudioRoot, Checked, Conversion, from_manifest
 from echo_plugins.audio import format_fragment
-from echo_plugins.relisten.prompt import AUDIO_TAG, Mode, user_message
+from echo_plugins.relisten.prompt import AUDIO_TAG, MODES, Mode, user_message
 from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, resolve
+
+_WEIGHT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 app = conversion.new_command()
 
@@ -33,8 +40,14 @@ def main(
     ],
     audio_root: conversion.AudioRootOption,
     mode: Annotated[
-        Mode, typer.Option(help="What the chain of thought holds: tags and sound, tags as text, no tags.")
+        str,
+        typer.Option(
+            metavar="MODE|MIX",
+            help="What the chain of thought holds: interleaved (tags and sound), grounded (tags as text) or plain (no "
+            "tags); or parts of each, interleaved=50,grounded=30,plain=20.",
+        ),
     ] = "grounded",
+    seed: Annotated[int, typer.Option(help="Of a mix: another seed gives the rows other modes.")] = 0,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
@@ -44,13 +57,43 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
 
+    parts = parse_mix(mode)
+
     def write(rows: Conversion, path: Path) -> None:
         with path.open("wb") as out:
-            for row in rows.rows(lambda checked, _: sft_row(checked, mode)):
+            for row in rows.rows(lambda checked, _: sft_row(checked, mode_of(checked.record.id, parts, seed))):
                 out.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
     audio = AudioRoot(audio_root, trust_durations)
     conversion.convert(source, target, rejected, audio, from_manifest, write, workers)
+
+
+def parse_mix(text: str) -> dict[Mode, float]:
+    """`interleaved`, or `interleaved=50,plain=20`, to the share of each mode, 1 in all. Raises typer.BadParameter."""
+    named = dict.fromkeys(MODES, 0.0)
+    for word in [f"{text}=1"] if text in named else text.split(","):
+        mode, _, weight = word.strip().partition("=")
+        if mode not in named or named[mode] or not _WEIGHT.fullmatch(weight):
+            modes = ", ".join(MODES)
+            raise typer.BadParameter(
+                f"{text!r} is neither a mode ({modes}) nor a mix (MODE=WEIGHT,...)", param_hint="--mode"
+            )
+        named[mode] = float(weight)
+    total = sum(named.values())
+    if not total:
+        raise typer.BadParameter(f"{text!r} gives every mode the weight 0", param_hint="--mode")
+    return {mode: weight / total for mode, weight in named.items() if weight}
+
+
+def mode_of(row_id: str, parts: Mapping[Mode, float], seed: int) -> Mode:
+    """The mode of one row of a mix. It hangs on its id and the seed alone, not on the rows around it."""
+    draw = int.from_bytes(hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=8).digest()) / 2**64
+    reached = 0.0
+    for mode, share in parts.items():
+        reached += share
+        if draw < reached:
+            return mode
+    return next(reversed(parts))  # the shares add up to a little under 1
 
 
 def sft_row(checked: Checked, mode: Mode) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,41 @@ def test_plain_rows_have_no_tags_and_a_prompt_that_asks_for_none(root: Path) -> 
     (out,) = read_rows(target)
     assert out["messages"][1]["content"] == "<think>A cat meows.</think><answer>a cat</answer>"
     assert out["messages"][0] == user_message("What is heard?", ["a dog", "a cat"], "plain")
+
+
+def test_a_mix_gives_each_row_a_mode_by_its_id_and_the_prompt_of_that_mode(root: Path) -> None:
+    mix = ("--mode", "interleaved=50,grounded=30,plain=20", "--seed", 7)
+    rows = [row(index) for index in range(1_000)]
+
+    def modes(rows: list[Any], *words: object) -> dict[str, str]:
+        source_ids = iter([value["id"] for value in rows])
+        result, target = export(sft_jsonl.app, rows, root, *words)
+        assert result.exit_code == 0, result.output
+        return {next(source_ids): _mode_of_row(value) for value in read_rows(target)}
+
+    drawn = modes(rows, *mix)
+    counts = Counter(drawn.values())
+    assert abs(counts["interleaved"] - 500) < 80 and abs(counts["grounded"] - 300) < 80
+    assert counts["plain"] == 1_000 - counts["interleaved"] - counts["grounded"]
+    assert modes(rows[:300:-1], *mix) == {value["id"]: drawn[value["id"]] for value in rows[:300:-1]}
+    assert modes(rows, *mix[:-1], 8) != drawn
+    assert set(modes(rows, "--mode", "plain=1,grounded=0").values()) == {"plain"}
+
+
+def _mode_of_row(out: dict[str, Any]) -> str:
+    user, assistant = out["messages"]
+    if user == user_message("What is heard?", ["a dog", "a cat"], "plain"):
+        assert "seg>" not in assistant["content"] and len(out["audios"]) == 1
+        return "plain"
+    assert user == user_message("What is heard?", ["a dog", "a cat"], "grounded") and "<seg>" in assistant["content"]
+    assert assistant["content"].count(AUDIO_TAG) == len(out["audios"]) - 1
+    return "interleaved" if AUDIO_TAG in assistant["content"] else "grounded"
+
+
+@pytest.mark.parametrize("mix", ["", "loud=1", "plain=-1", "plain=nan", "plain=1,plain=2", "plain=0", "plain="])
+def test_a_mix_that_means_nothing_is_wrong_usage(root: Path, mix: str) -> None:
+    result, _ = export(sft_jsonl.app, [row()], root, "--mode", mix)
+    assert result.exit_code == 2 and repr(mix) in result.output
 
 
 TAGS = st.one_of(
@@ -241,7 +277,9 @@ def test_rows_keep_their_order_over_many_threads(root: Path) -> None:
 
 
 def test_rl_rows_are_what_verl_reads(root: Path) -> None:
-    result, target = export(rl_parquet.app, [row(think=None, audio="b.flac")], root, "--data-source", "mine")
+    events = [{"label": "meow", "start": 0.5, "end": 1.0, "confidence": 0.9}]
+    rows = [row(think=None, audio="b.flac", events=events)]
+    result, target = export(rl_parquet.app, rows, root, "--data-source", "mine")
     assert result.exit_code == 0, result.output
     (out,) = pq.read_table(target).to_pylist()
     assert out == {
@@ -253,6 +291,7 @@ def test_rl_rows_are_what_verl_reads(root: Path) -> None:
             "id": "row-0",
             "question": "What is heard?",
             "choices": ["a dog", "a cat"],
+            "events": [{"label": "meow", "start": 0.5, "end": 1.0}],
             "duration": 3.0,
             "index": 0,
             "num_audio_tokens": QWEN2_5_OMNI.num_audio_tokens(len(load(root / "b.flac"))),
