@@ -204,7 +204,7 @@ class RelistenAgentLoop(AgentLoopBase):
             "duration_seconds": trajectory.duration_seconds,
             "stop_reason": str(trajectory.stop_reason),
             "error": trajectory.error,
-            "answer_logprob": answer_logprob(trajectory, self._decode),
+            "answer_logprobs": answer_logprobs(trajectory, self._decode),
             "sampled_tokens": sum(trajectory.response_mask),
             "observation_tokens": len(trajectory.response_mask) - sum(trajectory.response_mask),
             "turn_scores": [],
@@ -243,8 +243,9 @@ def engine_account(turns: Sequence[Mapping[str, Any]], version: int) -> dict[str
     }
 
 
-def answer_logprob(trajectory: Trajectory, decode: Any) -> float | None:
-    """Log-probability of what was sampled between the last answer tags; None without answer or without log-probs."""
+def answer_logprobs(trajectory: Trajectory, decode: Any) -> list[float] | None:
+    """Log-probabilities of the sampled tokens that hold any of the text between the last answer tags; None without
+    answer or without log-probs."""
     if trajectory.response_logprobs is None:
         return None
     ids = trajectory.response_ids
@@ -254,16 +255,11 @@ def answer_logprob(trajectory: Trajectory, decode: Any) -> float | None:
     if first < 0 or last < 0:
         return None
 
-    def tokens_before(char: int) -> int:
-        """How many tokens end at or before `char` of the text."""
-        return bisect.bisect_right(range(len(ids) + 1), char, key=lambda count: len(decode(ids[:count]))) - 1
+    def length(count: int) -> int:
+        return len(decode(ids[:count]))
 
-    start, end = tokens_before(first + len(ANSWER_OPEN)), tokens_before(last)
-    sampled = [
-        logprob
-        for logprob, mask in zip(
-            trajectory.response_logprobs[start:end], trajectory.response_mask[start:end], strict=True
-        )
-        if mask
-    ]
-    return sum(sampled) if sampled else None
+    # From the first token that goes on beyond the opening tag to the one that reaches the closing tag, as `.</` does.
+    start = bisect.bisect_right(range(len(ids) + 1), first + len(ANSWER_OPEN), key=length) - 1
+    end = bisect.bisect_left(range(len(ids) + 1), last, key=length)
+    pairs = zip(trajectory.response_logprobs[start:end], trajectory.response_mask[start:end], strict=True)
+    return [logprob for logprob, mask in pairs if mask] or None

@@ -6,7 +6,7 @@
 
 Training and validation go through the same preset, so their scores are on the same scale. Of the agent loop's
 `extra_fields` it reads `attempts` (list of Attempt), `stop_reason`, `duration_seconds` and, where there is one,
-`answer_logprob`.
+`answer_logprobs`.
 """
 
 from __future__ import annotations
@@ -74,5 +74,5 @@ class EchoRewardManager(RewardManagerBase):
             duration_seconds=rollout["duration_seconds"],
             attempts=tuple(rollout["attempts"]),
             stop_reason=StopReason(rollout["stop_reason"]),
-            answer_logprob=rollout.get("answer_logprob"),
+            answer_logprobs=rollout.get("answer_logprobs"),
         )

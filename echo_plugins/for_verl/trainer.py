@@ -150,6 +150,7 @@ def trajectory_row(
     data_source: str,
 ) -> dict[str, Any]:
     """One line of the trajectory log."""
+    logprobs = extra_fields["answer_logprobs"]
     return {
         "step": step,
         "key": key,
@@ -163,7 +164,8 @@ def trajectory_row(
         "error": extra_fields["error"],
         "score": score,
         "components": dict(extra_fields.get("reward_extra_info") or {}),
-        "answer_logprob": extra_fields["answer_logprob"],
+        "answer_logprob": None if logprobs is None else sum(logprobs),
+        "answer_logprobs": logprobs,
         "duration": extra_fields["duration_seconds"],
         "sampled_tokens": extra_fields["sampled_tokens"],
         "observation_tokens": extra_fields["observation_tokens"],

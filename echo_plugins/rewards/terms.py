@@ -7,7 +7,7 @@ one, decorate it with `@term(NAME)` here, or keep it anywhere and name it in a p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,7 +44,7 @@ class Record:
         duration_seconds: length of the audio that the segments are named in.
         attempts: every tag, what became of it, and whether its clip was inserted.
         stop_reason: why the trajectory ended; ERROR is a failed rollout, which scores 0.
-        answer_logprob: log-probability of the sampled answer span, None where the engine gave none.
+        answer_logprobs: of each sampled token of the answer, None where there is no answer or the engine gave none.
 
     Raises ValueError when the ground truth is not one of the choices: such a row could never be answered.
     """
@@ -55,7 +55,7 @@ class Record:
     duration_seconds: float = 0.0
     attempts: tuple[Attempt, ...] = ()
     stop_reason: StopReason = StopReason.ANSWERED
-    answer_logprob: float | None = None
+    answer_logprobs: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.choices and match_choice(self.ground_truth, self.choices) is None:

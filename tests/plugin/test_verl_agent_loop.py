@@ -194,13 +194,13 @@ def test_embedded_bytes_are_heard_like_a_path(roll_out: Any, audio_file: Path) -
 
 def test_without_log_probs_from_the_engine_there_are_none(roll_out: Any) -> None:
     rollout = roll_out([LISTEN, ANSWER], logprobs=False)
-    assert rollout.output.response_logprobs is None and rollout.fields["answer_logprob"] is None
+    assert rollout.output.response_logprobs is None and rollout.fields["answer_logprobs"] is None
 
 
-def test_the_answers_log_probability_is_the_sum_over_its_tokens(roll_out: Any, processor: Any) -> None:
+def test_the_answers_log_probabilities_are_those_of_its_tokens(roll_out: Any, processor: Any) -> None:
     rollout = roll_out([LISTEN, ANSWER])
     before = len(processor.tokenizer.encode(LISTEN)) + len(processor.tokenizer.encode(" it is</think><answer>"))
-    assert rollout.fields["answer_logprob"] == -float(before + 1)
+    assert rollout.fields["answer_logprobs"] == [-float(before + 1)]
 
 
 def unreadable(folder: Path) -> str:
