@@ -3,8 +3,13 @@
     {"id", "audio", "question", "choices": [..], "answer",
      "think"?, "events"?: [{"label", "start", "end"}], "duration"?, "meta"?}
 
-`audio` is a path relative to the audio root. Times are seconds. Unknown keys are kept under `meta`. A row that cannot
-be used raises `RowError` with a `Reason`; nothing is repaired by guessing.
+Labelled audio is the same without a question: what importers make of sets that have labels only, and what
+`converters.synthesis` asks questions about.
+
+    {"id", "audio", "events"?: [{"label", "start", "end"}], "duration"?, "meta"?}
+
+`audio` is a path relative to the audio root. Times are seconds. Unknown keys are kept under `meta`, those of an event
+with the event. A row that cannot be used raises `RowError` with a `Reason`; nothing is repaired by guessing.
 """
 
 from __future__ import annotations
@@ -73,6 +78,9 @@ class RowError(ValueError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[Reason, str]]:
+        return RowError, (self.reason, self.detail)  # it crosses between processes
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -104,7 +112,7 @@ class AudioQA:
     @classmethod
     def from_json(cls, row: object) -> AudioQA:
         """Judge all that can be judged without the audio. Raises RowError."""
-        if not isinstance(row, Mapping):
+        if not isinstance(row, dict):
             raise RowError(Reason.NOT_AN_OBJECT, f"a row is a JSON object, this is {_shown(row)}")
         duration = _duration(row.get("duration"))
         choices = _choices(row)
@@ -123,7 +131,7 @@ class AudioQA:
             think=think,
             events=_events(row.get("events"), duration),
             duration_seconds=duration,
-            meta=_meta(row),
+            meta=_meta(row, FIELDS),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -146,18 +154,58 @@ class AudioQA:
         return row
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledAudio:
+    """One clip and what is known about it: timed events, and under `meta` what is said of the whole clip."""
+
+    id: str
+    audio: str
+    events: tuple[Event, ...] = ()
+    duration_seconds: float | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: object) -> LabelledAudio:
+        """Judge all that can be judged without the audio. Raises RowError."""
+        if not isinstance(row, dict):
+            raise RowError(Reason.NOT_AN_OBJECT, f"a row is a JSON object, this is {_shown(row)}")
+        duration = _duration(row.get("duration"))
+        events = _events(row.get("events"), duration)
+        return cls(_id(row), _audio(row), events, duration, _meta(row, LABELLED_FIELDS))
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in a manifest; optional fields only where they are set."""
+        row: dict[str, Any] = {"id": self.id, "audio": self.audio}
+        if self.events:
+            row["events"] = [event.to_json() for event in self.events]
+        if self.duration_seconds is not None:
+            row["duration"] = self.duration_seconds
+        if self.meta:
+            row["meta"] = self.meta
+        return row
+
+
+Record = AudioQA | LabelledAudio
+
+
+def recording_of(record: Record) -> str:
+    """What splits keep together: the source recording where the set names one, else the audio file."""
+    return str(record.meta.get("recording") or record.audio)
+
+
+LABELLED_FIELDS = ("id", "audio", "events", "duration", "meta")
 FIELDS = ("id", "audio", "question", "choices", "answer", "think", "events", "duration", "meta")
 _EVENT_FIELDS = ("label", "start", "end")
 
 
-def check_times(record: AudioQA, duration_seconds: float) -> None:
+def check_times(record: Record, duration_seconds: float) -> None:
     """Events, tags and the stated duration against the decoded clip. Raises RowError."""
     stated = record.duration_seconds
     if stated is not None and abs(stated - duration_seconds) > END_TOLERANCE_SECONDS:
         raise RowError(Reason.BAD_DURATION, f"duration says {stated:g} s, the file decodes to {duration_seconds:g} s")
     for event in record.events:
         _check_event_end(event, duration_seconds)
-    if record.think is not None:
+    if isinstance(record, AudioQA) and record.think is not None:
         check_tags(record.think, duration_seconds)
 
 
@@ -180,12 +228,20 @@ def check_tags(text: str, duration_seconds: float | None) -> None:
         raise RowError(Reason.MALFORMED_TAG, f"{OPEN_TAG} without its {CLOSE_TAG}")
 
 
+Raw = bytes | str | RowError
+"""A row as it stands in a file, unparsed; a RowError where the file itself is broken."""
+
+
 def read_rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, object]]:
     """(line, value) of every row of a JSONL file, or of a JSON file that holds one list.
 
-    `value` is a RowError where the line is no JSON. `advance` is told the bytes consumed. JSONL is streamed; a JSON
-    list is read into memory as text, and its rows are parsed one by one.
+    `value` is a RowError where the line is no JSON. `advance` is told the bytes consumed.
     """
+    return ((line, parse_row(raw)) for line, raw in read_raw(path, advance))
+
+
+def read_raw(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, Raw]]:
+    """As `read_rows`, for `parse_row`. JSONL is streamed; a JSON list is read into memory as text."""
     with path.open("rb") as stream:
         # A look ahead, not a seek: the source may be a pipe.
         if stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -196,10 +252,10 @@ def read_rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int,
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.isspace() and line:
-                yield number, _loads(line)
+                yield number, line
 
 
-def _read_list(raw: bytes, advance: Callable[[int], None]) -> Iterator[tuple[int, object]]:
+def _read_list(raw: bytes, advance: Callable[[int], None]) -> Iterator[tuple[int, Raw]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -218,7 +274,7 @@ def _read_list(raw: bytes, advance: Callable[[int], None]) -> Iterator[tuple[int
         except (ValueError, RecursionError) as error:
             yield line, RowError(Reason.NOT_JSON, f"{error}; the rest of the list is not read")
             return
-        yield line, _loads(text[position:end])
+        yield line, text[position:end]
         advance(end - counted)
         position = _skip_blanks(text, end)
         if text.startswith(",", position):
@@ -235,9 +291,12 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _loads(line: bytes | str) -> object:
+def parse_row(raw: Raw) -> object:
+    """The JSON value of a row, or the RowError that says why it has none."""
+    if isinstance(raw, RowError):
+        return raw
     try:
-        return orjson.loads(line)
+        return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         return RowError(Reason.NOT_JSON, str(error))
 
@@ -348,8 +407,8 @@ def _check_event_end(event: Event, duration_seconds: float) -> None:
         raise RowError(Reason.BAD_EVENT, f"{_shown(event.to_json())} ends after the clip of {duration_seconds:g} s")
 
 
-def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
+def _meta(row: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
     meta = row.get("meta")
     if meta is not None and not isinstance(meta, dict):
         raise RowError(Reason.WRONG_TYPE, f"'meta' is an object, this is {_shown(meta)}")
-    return {key: row[key] for key in row if key not in FIELDS} | (meta or {})
+    return {key: row[key] for key in row if key not in fields} | (meta or {})
