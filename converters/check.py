@@ -21,9 +21,10 @@ import typer
 
 from converters import conversion
 from converters.audio_qa import AudioQA, Reason, RowError, check_tags, read_rows
-from converters.conversion import AudioFile, AudioRoot, SeenIds, ordered_map
+from converters.conversion import AudioFile, AudioRoot, SeenIds
 from converters.rl_parquet import schema
 from converters.sft_jsonl import interleave
+from converters.workers import in_chunks, ordered_map
 from echo_plugins.audio import AudioError, parse_fragment, probe
 from echo_plugins.relisten.prompt import AUDIO_TAG
 from echo_plugins.relisten.segment import OPEN_TAG
@@ -72,7 +73,12 @@ def main(
             shown: list[str] = []
             ids = SeenIds()
             read = 0
-            for line, row_id, error in ordered_map(lambda numbered: _judged(judge, *numbered), rows, workers):
+            chunks = ordered_map(
+                lambda chunk: [_judged(judge, *numbered) for numbered in chunk],
+                in_chunks(rows, conversion.CHUNK_ROWS),
+                workers,
+            )
+            for line, row_id, error in chain.from_iterable(chunks):
                 read += 1
                 if error is None and row_id is not None and not ids.add(row_id):
                     error = RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")

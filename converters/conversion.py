@@ -4,15 +4,13 @@ put the bad into a side file with file, line, id and reason, and count both."""
 from __future__ import annotations
 
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, Generic, Protocol, TypeVar
 
 import numpy as np
 import orjson
@@ -21,19 +19,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from converters.atomic import StagedFile
-from converters.audio_qa import AudioQA, Reason, RowError, check_times, read_rows
+from converters.audio_qa import AudioQA, Reason, Record, RowError, check_times, parse_row, read_raw
+from converters.workers import DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
 from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, parse_fragment, probe, resolve_path
 from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
-# Rows go to the decoding threads in chunks, since a hand-over a row would cost more than judging it.
-_CHUNK_ROWS = 64
-_CHUNKS_AHEAD_PER_WORKER = 2
+CHUNK_ROWS = 100  # rows go to the workers in chunks, since a hand-over a row would cost more than judging it
+_PROCESSES_FROM_BYTES = 16 << 20  # starting processes takes a second, in which one core converts 20,000 rows
 _CACHED_FILES = 65_536  # probed files remembered: some 30 MB, whatever the length of the manifest
 _LATEST_IDS = 65_536
-DEFAULT_WORKERS = 4
 
 
 # The arguments that several commands share.
@@ -57,7 +54,9 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-durations", help="Do not decode the audio of rows that state a duration, only look for it."),
 ]
-WorkersOption = Annotated[int, typer.Option(min=1, help="Threads that decode audio.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Threads that decode audio; processes where the manifest is large.")
+]
 
 
 def new_command() -> typer.Typer:
@@ -78,10 +77,10 @@ class AudioFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Generic[AnyRecord]):
     """A row and its audio, both judged good."""
 
-    record: AudioQA
+    record: AnyRecord
     audio: AudioFile
 
 
@@ -94,11 +93,19 @@ class AudioRoot:
         self._locate = lru_cache(_CACHED_FILES)(self._locate_once)
         self._probe = lru_cache(_CACHED_FILES)(self._probe_once)
 
+    def __reduce__(self) -> tuple[type[AudioRoot], tuple[Path, bool]]:
+        return AudioRoot, (self.root, self._trust_durations)  # a worker process has a cache of its own
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rows of an exporter hang on."""
+        return {"audio_root": str(self.root), "trust_durations": self._trust_durations}
+
     def measure(self, relative: str) -> AudioFile:
         """Find and decode one file. Raises RowError."""
         return _or_raise(self._probe(relative))
 
-    def check(self, record: AudioQA) -> Checked:
+    def check(self, record: AnyRecord) -> Checked[AnyRecord]:
         """Measure the row's audio and hold its times against it. Raises RowError."""
         if self._trust_durations and record.duration_seconds is not None:
             path = _or_raise(self._locate(record.audio))
@@ -153,6 +160,11 @@ class Tally:
     written: int = 0
     rejected: Counter[Reason] = field(default_factory=Counter)
 
+    def add(self, read: int, written: int, rejected: Counter[Reason]) -> None:
+        self.read += read
+        self.written += written
+        self.rejected += rejected
+
     def lines(self) -> list[str]:
         dropped = self.rejected.total()
         text = [f"{self.source}: {self.read} rows read, {self.written} written to {self.target}, {dropped} rejected"]
@@ -171,102 +183,158 @@ class SeenIds:
 
     def add(self, row_id: str) -> bool:
         """False when it was there before."""
-        key = np.int64(hash(row_id))
-        place = int(self._sorted.searchsorted(key))
-        if int(key) in self._latest or (place < len(self._sorted) and self._sorted[place] == key):
-            return False
-        self._latest.add(int(key))
+        return bool(self.add_all([row_id]))
+
+    def add_all(self, row_ids: Sequence[str]) -> list[int]:
+        """The places in `row_ids` of those that were not there before, in order."""
+        keys = [hash(row_id) for row_id in row_ids]
+        new = list(range(len(keys)))
+        if len(set(keys)) < len(keys) or not self._latest.isdisjoint(keys):
+            before: set[int] = set()
+            new = [place for place in new if not (keys[place] in before or before.add(keys[place]))]
+            new = [place for place in new if keys[place] not in self._latest]
+        if len(self._sorted) and new:
+            asked = np.array([keys[place] for place in new], np.int64)
+            found = self._sorted[np.minimum(self._sorted.searchsorted(asked), len(self._sorted) - 1)] == asked
+            new = [place for place, known in zip(new, found.tolist(), strict=True) if not known]
+        self._latest.update(keys[place] for place in new)
         if len(self._latest) >= _LATEST_IDS:
-            latest = np.fromiter(self._latest, np.int64, len(self._latest))
-            self._sorted = np.sort(np.concatenate([self._sorted, latest]))
+            self._sorted = np.concatenate([self._sorted, np.fromiter(self._latest, np.int64, len(self._latest))])
+            self._sorted.sort()
             self._latest = set()
-        return True
+        return new
+
+
+class Form(Protocol):
+    """A kind of output file. `pack` works in the worker, on a chunk of rendered rows; the rest where it is written."""
+
+    @property
+    def suffix(self) -> str: ...
+
+    @property
+    def chunk_rows(self) -> int: ...
+
+    def pack(self, items: list[Any]) -> Any: ...
+
+    def take(self, packed: Any, kept: list[int]) -> Any:
+        """Those rows of a packed chunk that are named by their places."""
+        ...
+
+    def write(self, chunks: Iterator[Any], path: Path) -> None:
+        """All chunks to one file, in bounded memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """One JSON object a line; rows are rendered to bytes."""
+
+    suffix: str = ".jsonl"
+    chunk_rows: int = CHUNK_ROWS
+
+    def pack(self, items: list[bytes]) -> list[bytes]:
+        return items
+
+    def take(self, packed: list[bytes], kept: list[int]) -> list[bytes]:
+        return [packed[place] for place in kept]
+
+    def write(self, chunks: Iterator[list[bytes]], path: Path) -> None:
+        with path.open("wb") as out:
+            for packed in chunks:
+                out.writelines(packed)
+
+
+Numbered = tuple[int, Any]
+"""Line and row: unparsed as `read_raw` gives it, or a JSON value, or the RowError that there is in its place."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A chunk of rows: the good ones packed for the file, the others named."""
+
+    num_read: int
+    good: list[tuple[int, str]]  # line and id
+    packed: Any
+    rejected: list[tuple[int, str | None, RowError]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What becomes of a row. Worker processes get a copy: `to_record` and `render` are functions of modules then.
+
+    `render(checked, index)` gets the row's place in the source, from 0, and may raise RowError for what its own format
+    cannot take.
+    """
+
+    audio: AudioRoot
+    to_record: Callable[[int, object], Record]
+    render: Callable[[Checked, int], Any]
+    form: Form
+
+    def __call__(self, chunk: list[tuple[int, Numbered]]) -> Judged:
+        good: list[tuple[int, str]] = []
+        items: list[Any] = []
+        rejected: list[tuple[int, str | None, RowError]] = []
+        for index, (line, raw) in chunk:
+            value = parse_row(raw) if isinstance(raw, bytes | str) else raw
+            row_id = value["id"] if isinstance(value, dict) and isinstance(value.get("id"), str) else None
+            try:
+                record = self.to_record(line, _or_raise(value))
+                row_id = record.id
+                items.append(self.render(self.audio.check(record), index))
+                good.append((line, row_id))
+            except RowError as error:
+                rejected.append((line, row_id, error))
+        return Judged(len(chunk), good, self.form.pack(items), rejected)
 
 
 class Conversion:
-    """The rows of one source file, judged. `rows` yields the good ones, rendered, in the order of the file."""
+    """The rows of one source on their way into files: refuses an id that came before, keeps the side file, counts."""
 
-    def __init__(
-        self,
-        tally: Tally,
-        side: BinaryIO,
-        audio: AudioRoot,
-        to_record: Callable[[int, object], AudioQA],
-        workers: int,
-        advance: Callable[[int], None],
-    ) -> None:
-        self.tally = tally
-        self._side = side
-        self._audio = audio
-        self._to_record = to_record
+    def __init__(self, job: Job, judge: Callable[[list[tuple[int, Numbered]]], Judged], workers: int) -> None:
+        self.job = job
+        self.seen = SeenIds()
+        self._judge = judge
         self._workers = workers
-        self._advance = advance
-        self._seen = SeenIds()
 
-    def rows(self, render: Callable[[Checked, int], Item]) -> Iterator[Item]:
-        """`render(checked, index)` of every good row; it may raise RowError for what its own format cannot take."""
-        for line, row_id, outcome in self._judged():
-            self.tally.read += 1
-            try:
-                checked = _or_raise(outcome)
-                self._refuse_twin(checked.record.id)
-                item = render(checked, self.tally.written)
-            except RowError as error:
-                self._reject(line, row_id, error)
-                continue
-            self.tally.written += 1
-            yield item
+    def write(self, rows: Iterator[Numbered], first_index: int, path: Path, side: BinaryIO, tally: Tally) -> None:
+        """Judge `rows` and write the good ones to `path`, in order."""
+        chunks = in_chunks(enumerate(rows, start=first_index), self.job.form.chunk_rows)
+        judged = ordered_map(self._judge, chunks, self._workers)
+        self.job.form.write((self._new(chunk, side, tally) for chunk in judged), path)
 
-    def _refuse_twin(self, row_id: str) -> None:
-        if not self._seen.add(row_id):
-            raise RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
-
-    def _reject(self, line: int, row_id: str | None, error: RowError) -> None:
-        self.tally.rejected[error.reason] += 1
-        entry = {
-            "file": str(self.tally.source),
-            "line": line,
-            "id": row_id,
-            "reason": str(error.reason),
-            "detail": error.detail,
-        }
-        self._side.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
-
-    def _judged(self) -> Iterator[tuple[int, str | None, Checked | RowError]]:
-        return ordered_map(self._judge, read_rows(self.tally.source, self._advance), self._workers)
-
-    def _judge(self, numbered: tuple[int, object]) -> tuple[int, str | None, Checked | RowError]:
-        line, value = numbered
-        row_id = value["id"] if isinstance(value, dict) and isinstance(value.get("id"), str) else None
-        try:
-            record = self._to_record(line, _or_raise(value))
-            row_id = record.id
-            return line, row_id, self._audio.check(record)
-        except RowError as error:
-            return line, row_id, error
+    def _new(self, chunk: Judged, side: BinaryIO, tally: Tally) -> Any:
+        kept = self.seen.add_all([row_id for _, row_id in chunk.good])
+        tally.read += chunk.num_read
+        tally.written += len(kept)
+        rejected, packed = chunk.rejected, chunk.packed
+        if len(kept) < len(chunk.good):
+            for line, row_id in (chunk.good[place] for place in set(range(len(chunk.good))).difference(kept)):
+                twin = RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
+                rejected.append((line, row_id, twin))
+            rejected.sort(key=lambda entry: entry[0])
+            packed = self.job.form.take(packed, kept)
+        for line, row_id, error in rejected:
+            tally.rejected[error.reason] += 1
+            entry = {
+                "file": str(tally.source),
+                "line": line,
+                "id": row_id,
+                "reason": str(error.reason),
+                "detail": error.detail,
+            }
+            side.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+        return packed
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterator[Item], workers: int) -> Iterator[Result]:
-    """`function` of every item, in order, over `workers` threads; a bounded number of items is read ahead."""
-    pending: deque[Future[list[Result]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        while chunk := list(islice(items, _CHUNK_ROWS)):
-            pending.append(pool.submit(lambda chunk: [function(item) for item in chunk], chunk))
-            if len(pending) > workers * _CHUNKS_AHEAD_PER_WORKER:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-def write_records(conversion: Conversion, path: Path) -> None:
-    """`write` of the importers: AudioQA rows, each with its duration."""
-
-    def render(checked: Checked, index: int) -> bytes:
-        record = replace(checked.record, duration_seconds=checked.audio.duration_seconds)
-        return orjson.dumps(record.to_json(), option=orjson.OPT_APPEND_NEWLINE)
-
-    with path.open("wb") as out:
-        out.writelines(conversion.rows(render))
+@contextmanager
+def conversion_of(job: Job, source: Path, workers: int, processes: bool) -> Iterator[Conversion]:
+    """A conversion with its workers: processes where they are allowed and the source is large, otherwise threads."""
+    if processes and workers > 1 and source.stat().st_size >= _PROCESSES_FROM_BYTES:
+        with in_processes(job, workers) as judge:
+            yield Conversion(job, judge, workers)
+    else:
+        yield Conversion(job, job, workers)
 
 
 def from_manifest(line: int, row: object) -> AudioQA:
@@ -278,36 +346,70 @@ def convert(
     source: Path,
     target: Path,
     rejected: Path | None,
-    audio: AudioRoot,
-    to_record: Callable[[int, object], AudioQA],
-    write: Callable[[Conversion, Path], None],
+    job: Job,
     workers: int = DEFAULT_WORKERS,
+    rows: Callable[[Callable[[int], None]], Iterator[Numbered]] | None = None,
+    processes: bool = False,
 ) -> Tally:
-    """Run a conversion and print its summary to stderr. `write(conversion, path)` writes all rows to `path`.
+    """Run a conversion into one file and print its summary to stderr. `rows(advance)` reads a source that is no JSONL,
+    and tells `advance` the bytes it has consumed. `processes` says that `job` may go to worker processes.
 
     `target` appears whole or not at all, and not when no row was good: then exit status 1. The side file is always
     written, empty when nothing was rejected. Usage and file errors end the command with one line, status 2 and 1.
     """
     side = rejected or target.with_name(f"{target.name}.rejected.jsonl")
-    if len({path.resolve() for path in (source, target, side)}) < 3:
-        raise typer.BadParameter(f"input, output and rejected file must differ: {source}, {target}, {side}")
+    refuse_same_file(source, target, side)
     tally = Tally(source, target, side)
     try:
-        with StagedFile(side) as staged_side, StagedFile(target) as staged:
+        with (
+            StagedFile(side) as staged_side,
+            StagedFile(target) as staged,
+            conversion_of(job, source, workers, processes) as conversion,
+        ):
             with progress(source) as advance, staged_side.path.open("wb") as stream:
-                write(Conversion(tally, stream, audio, to_record, workers, advance), staged.path)
+                numbered = rows(advance) if rows else read_raw(source, advance)
+                conversion.write(numbered, 0, staged.path, stream, tally)
             staged_side.commit()
             if tally.written:
                 staged.commit()
     except OSError as error:
         typer.echo(f"error: {error}; {target} is left as it was", err=True)
         raise typer.Exit(1) from error
+    report(tally)
+    return tally
+
+
+def refuse_same_file(*paths: Path) -> None:
+    """Raises typer.BadParameter (exit status 2)."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise typer.BadParameter(f"input, output and rejected file must differ: {', '.join(map(str, paths))}")
+
+
+def report(tally: Tally) -> None:
+    """What came in, what went out, why the rest did not; exit status 1 when nothing went out."""
     for text in tally.lines():
         typer.echo(text, err=True)
     if not tally.written:
-        typer.echo(f"error: no row of {source} could be used, so {target} was not written", err=True)
+        typer.echo(f"error: no row of {tally.source} could be used, so {tally.target} was not written", err=True)
         raise typer.Exit(1)
-    return tally
+
+
+def import_records(
+    source: Path,
+    target: Path,
+    rejected: Path | None,
+    audio: AudioRoot,
+    to_record: Callable[[int, Any], Record],
+    workers: int = DEFAULT_WORKERS,
+    rows: Callable[[Callable[[int], None]], Iterator[Numbered]] | None = None,
+) -> Tally:
+    """`convert` of the importers: a manifest of AudioQA or labelled audio, each record with its decoded duration."""
+    return convert(source, target, rejected, Job(audio, to_record, _manifest_line, JsonLines()), workers, rows)
+
+
+def _manifest_line(checked: Checked, index: int) -> bytes:
+    record = replace(checked.record, duration_seconds=checked.audio.duration_seconds)
+    return orjson.dumps(record.to_json(), option=orjson.OPT_APPEND_NEWLINE)
 
 
 @contextmanager

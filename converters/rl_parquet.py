@@ -2,33 +2,31 @@
 
     python -m converters.rl_parquet IN.jsonl OUT.parquet --audio-root DIR [--embed-audio]
 
-`audios` holds absolute paths, or with `--embed-audio` the files' own bytes. There is no Hugging Face metadata in the
-schema: with it `datasets` would decode every clip while loading.
+`audios` holds absolute paths, or with `--embed-audio` the files themselves (WAV as FLAC). There is no Hugging Face
+metadata in the schema: with it `datasets` would decode every clip while loading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 
-from converters import conversion
-from converters.conversion import AudioRoot, Checked, Conversion, from_manifest
-from echo_plugins.model import QWEN2_5_OMNI, family_of, hop_length
+from converters import conversion, shards
+from converters.audio_qa import AudioQA
+from converters.conversion import AudioRoot, Checked, Job, from_manifest
+from converters.parquet import EMBEDDED, EVENT, ParquetRows, embedded_audio
+from echo_plugins.model import QWEN2_5_OMNI, OmniFamily, family_of, hop_length
 from echo_plugins.relisten.prompt import Mode, user_message
 
+_HOP_LENGTH = 160  # samples a frame in the public checkpoints
 AGENT_NAME = "relisten"  # the name under which for_verl registers the re-listening agent loop
-_GROUP_ROWS = 1_000
-_GROUP_ROWS_EMBEDDED = 100  # some 16 MB of 5 s clips: a reader holds one group in memory
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
-_EVENT = pa.struct([("label", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
-_EMBEDDED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def schema(embed_audio: bool = False) -> pa.Schema:
@@ -37,7 +35,7 @@ def schema(embed_audio: bool = False) -> pa.Schema:
         [
             ("data_source", pa.string()),
             ("prompt", pa.list_(_MESSAGE)),
-            ("audios", pa.list_(_EMBEDDED if embed_audio else pa.string())),
+            ("audios", pa.list_(EMBEDDED if embed_audio else pa.string())),
             ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
             (
                 "extra_info",
@@ -46,7 +44,7 @@ def schema(embed_audio: bool = False) -> pa.Schema:
                         ("id", pa.string()),
                         ("question", pa.string()),
                         ("choices", pa.list_(pa.string())),
-                        ("events", pa.list_(_EVENT)),
+                        ("events", pa.list_(EVENT)),
                         ("duration", pa.float64()),
                         ("index", pa.int64()),
                         ("num_audio_tokens", pa.int64()),
@@ -59,16 +57,16 @@ def schema(embed_audio: bool = False) -> pa.Schema:
 
 
 def rl_row(
-    checked: Checked,
+    checked: Checked[AudioQA],
     index: int,
     data_source: str,
     mode: Mode,
     count_audio_tokens: Callable[[int], int],
     embed_audio: bool = False,
 ) -> dict[str, Any]:
-    """One verl row. The ground truth is the full text of the right choice."""
+    """One verl row. The ground truth is the full text of the right choice; `index` is the row's place in the source."""
     record, audio = checked.record, checked.audio
-    embedded = {"bytes": Path(audio.path).read_bytes(), "path": record.audio} if embed_audio else audio.path
+    embedded = embedded_audio(audio.path, record.audio) if embed_audio else audio.path
     return {
         "data_source": data_source,
         "prompt": [user_message(record.question, record.choices, mode)],
@@ -81,7 +79,8 @@ def rl_row(
             "events": [
                 {"label": event.label, "start": event.start_seconds, "end": event.end_seconds}
                 for event in record.events
-            ],
+            ]
+            or None,
             "duration": audio.duration_seconds,
             "index": index,
             "num_audio_tokens": count_audio_tokens(audio.num_samples),
@@ -90,26 +89,16 @@ def rl_row(
     }
 
 
-def write_parquet(rows: Iterator[dict[str, Any]], path: Path, embed_audio: bool) -> None:
-    """Row group by row group, so that memory does not grow with the file."""
-    columns = schema(embed_audio)
-    group_rows = _GROUP_ROWS_EMBEDDED if embed_audio else _GROUP_ROWS
-    compression = "none" if embed_audio else "zstd"  # encoded audio does not compress further
-    with pq.ParquetWriter(path, columns, compression=compression) as writer:
-        while group := list(islice(rows, group_rows)):
-            writer.write_batch(pa.RecordBatch.from_pylist(group, columns))
-
-
 app = conversion.new_command()
 
 
 @app.command()
 def main(
     source: conversion.ManifestArgument,
-    target: Annotated[Path, typer.Argument(metavar="OUT.parquet", dir_okay=False, help="Written whole or not at all.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="Written whole or not at all.")],
     audio_root: conversion.AudioRootOption,
     embed_audio: Annotated[
-        bool, typer.Option("--embed-audio", help="Store the audio files' bytes, not their paths.")
+        bool, typer.Option("--embed-audio", help="Store the audio files' bytes, not their paths; WAV as FLAC.")
     ] = False,
     mode: Annotated[Mode, typer.Option(help="The instruction in the prompt; plain asks for no tags.")] = "interleaved",
     data_source: Annotated[
@@ -123,31 +112,32 @@ def main(
     ] = None,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
+    shard_rows: shards.ShardRowsOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
     """Turn an AudioQA manifest into RL rows for verl.
 
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
+    family, hop = _audio_of(model)
     name = data_source or source.stem
-    count = _token_counter(model)
-
-    def write(rows: Conversion, path: Path) -> None:
-        rendered = rows.rows(lambda checked, index: rl_row(checked, index, name, mode, count, embed_audio))
-        write_parquet(rendered, path, embed_audio)
-
     audio = AudioRoot(audio_root, trust_durations)
-    conversion.convert(source, target, rejected, audio, from_manifest, write, workers)
+    count = partial(family.num_audio_tokens, hop_length=hop)
+    render = partial(rl_row, data_source=name, mode=mode, count_audio_tokens=count, embed_audio=embed_audio)
+    job = Job(audio, from_manifest, render, ParquetRows(schema(embed_audio), embed_audio))
+    settings = {"format": "rl_parquet", "data_source": name, "mode": mode, "embed_audio": embed_audio}
+    settings |= {"model_type": family.model_type, "hop_length": hop} | audio.settings
+    shards.export(source, target, rejected, job, workers, shard_rows, settings)
 
 
-def _token_counter(model: Path | None) -> Callable[[int], int]:
+def _audio_of(model: Path | None) -> tuple[OmniFamily, int]:
+    """Family and hop length to count audio tokens with. Raises typer.BadParameter (exit status 2)."""
     if model is None:
-        return QWEN2_5_OMNI.num_audio_tokens
+        return QWEN2_5_OMNI, _HOP_LENGTH
     try:
-        family, hop = family_of(model), hop_length(model)
+        return family_of(model), hop_length(model)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    return lambda num_samples: family.num_audio_tokens(num_samples, hop)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
 import typer
 
-from converters import conversion
-from converters.audio_qa import Reason, RowError, tags_of
-from converters.conversion import AudioFile, AudioRoot, Checked, Conversion, from_manifest
+from converters import conversion, shards
+from converters.audio_qa import AudioQA, Reason, RowError, tags_of
+from converters.conversion import AudioFile, AudioRoot, Checked, Job, JsonLines, from_manifest
 from echo_plugins.audio import format_fragment
 from echo_plugins.relisten.prompt import AUDIO_TAG, MODES, Mode, user_message
 from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, resolve
@@ -35,9 +36,7 @@ app = conversion.new_command()
 @app.command()
 def main(
     source: conversion.ManifestArgument,
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="ms-swift JSONL, written whole or not at all.")
-    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="ms-swift JSONL, written whole or not at all.")],
     audio_root: conversion.AudioRootOption,
     mode: Annotated[
         str,
@@ -50,6 +49,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of a mix: another seed gives the rows other modes.")] = 0,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
+    shard_rows: shards.ShardRowsOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
     """Turn an AudioQA manifest into SFT rows for ms-swift.
@@ -57,15 +57,11 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
 
-    parts = parse_mix(mode)
-
-    def write(rows: Conversion, path: Path) -> None:
-        with path.open("wb") as out:
-            for row in rows.rows(lambda checked, _: sft_row(checked, mode_of(checked.record.id, parts, seed))):
-                out.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-
+    mix = parse_mix(mode)
     audio = AudioRoot(audio_root, trust_durations)
-    conversion.convert(source, target, rejected, audio, from_manifest, write, workers)
+    job = Job(audio, from_manifest, partial(_sft_line, mix=mix, seed=seed), JsonLines())
+    settings = {"format": "sft_jsonl", "mode": mode, "seed": seed} | audio.settings
+    shards.export(source, target, rejected, job, workers, shard_rows, settings)
 
 
 def parse_mix(text: str) -> dict[Mode, float]:
@@ -93,10 +89,15 @@ def mode_of(row_id: str, parts: Mapping[Mode, float], seed: int) -> Mode:
         reached += share
         if draw < reached:
             return mode
-    return next(reversed(parts))  # the shares add up to a little under 1
+    return list(parts)[-1]  # the shares add up to a little under 1
 
 
-def sft_row(checked: Checked, mode: Mode) -> dict[str, Any]:
+def _sft_line(checked: Checked[AudioQA], index: int, mix: Mapping[Mode, float], seed: int) -> bytes:
+    mode = mode_of(checked.record.id, mix, seed)
+    return orjson.dumps(sft_row(checked, mode), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def sft_row(checked: Checked[AudioQA], mode: Mode) -> dict[str, Any]:
     """One ms-swift row. Raises RowError for a row without a chain of thought."""
     record, audio = checked.record, checked.audio
     if record.think is None:

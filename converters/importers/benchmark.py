@@ -51,7 +51,7 @@ def main(
         layout = benchmark if benchmark is not Layout.AUTO else layout_of(row)
         return record_of(row, {"audio": _AUDIO_KEYS[layout]}, AnswerForm.TEXT, root, f"{source.stem}-{line:07d}")
 
-    conversion.convert(source, target, rejected, AudioRoot(root), to_record, conversion.write_records, workers)
+    conversion.import_records(source, target, rejected, AudioRoot(root), to_record, workers)
 
 
 def layout_of(row: object) -> Layout:

@@ -69,7 +69,7 @@ def main(
     def to_record(line: int, row: object) -> AudioQA:
         return record_of(row, fields, answer, root, default_id=f"{source.stem}-{line:07d}")
 
-    conversion.convert(source, target, rejected, AudioRoot(root), to_record, conversion.write_records, workers)
+    conversion.import_records(source, target, rejected, AudioRoot(root), to_record, workers)
 
 
 def parse_map(pairs: Sequence[str]) -> dict[str, str]:

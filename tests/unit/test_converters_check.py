@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -132,7 +133,7 @@ def say(row: Any, response: str) -> Any:
 def test_broken_rl_rows_are_found(root: Path, changes: dict[str, Any], reason: str) -> None:
     file = export(root, "parquet")
     rows = pq.read_table(file).to_pylist()
-    rl_parquet.write_parquet(iter([rows[0], rows[1] | changes]), file, embed_audio=False)
+    pq.write_table(pa.Table.from_pylist([rows[0], rows[1] | changes], rl_parquet.schema()), file)
     result = run(file)
     assert result.exit_code == 1
     assert f"{file}:2: " in result.output and reason in result.output, result.output

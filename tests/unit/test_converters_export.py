@@ -302,12 +302,25 @@ def test_rl_rows_are_what_verl_reads(root: Path) -> None:
 
 
 def test_embedded_audio_is_the_files_own_bytes_in_small_row_groups(root: Path) -> None:
-    result, target = export(rl_parquet.app, [row(index) for index in range(250)], root, "--embed-audio")
+    rows = [row(index, audio="b.flac") for index in range(250)]
+    result, target = export(rl_parquet.app, rows, root, "--embed-audio")
     assert result.exit_code == 0, result.output
     parquet = pq.ParquetFile(target)
     assert [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)] == [100, 100, 50]
     out = next(parquet.iter_batches(batch_size=1)).to_pylist()[0]
-    assert out["audios"] == [{"bytes": (root / "a.wav").read_bytes(), "path": "a.wav"}]
+    assert out["audios"] == [{"bytes": (root / "b.flac").read_bytes(), "path": "b.flac"}]
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])
+def test_an_embedded_wav_of_whole_numbers_is_flac_with_the_same_samples(root: Path, subtype: str) -> None:
+    sound = np.sin(np.arange(32_000) / 20) * np.linspace(0.1, 0.9, 32_000)
+    soundfile.write(root / "s.wav", np.stack([sound, sound / 3], axis=1), 16_000, subtype=subtype)
+    result, target = export(rl_parquet.app, [row(audio="s.wav")], root, "--embed-audio")
+    assert result.exit_code == 0, result.output
+    ((embedded,),) = pq.read_table(target).column("audios").to_pylist()
+    assert embedded["path"] == ("s.wav" if subtype == "FLOAT" else "s.flac")
+    assert subtype == "FLOAT" or len(embedded["bytes"]) < 0.8 * (root / "s.wav").stat().st_size
+    assert np.array_equal(load(embedded["bytes"]), load(root / "s.wav"))
 
 
 def test_audio_tokens_are_counted_for_the_given_checkpoint(root: Path, tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""An exporter's output: one file, or with `--shard-rows` a folder of shards that a killed run goes on with.
+
+    OUT/part-00000.parquet ...   the good ones of rows 0 to N-1 of the source, and so on
+    OUT/rejected.jsonl           the others
+    OUT/manifest.json            written last: rows, bytes and SHA-256 of each shard, the settings, what was rejected
+
+The same source and settings give the same bytes, whatever the number of workers and however often the run was killed.
+Until the manifest is there, OUT/.resume holds a record of each finished shard; a shard is kept when the record, its
+rows of the source, the settings and its own bytes still agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from converters.atomic import StagedFile
+from converters.audio_qa import Raw, Reason, parse_row, read_raw
+from converters.conversion import Conversion, Job, Tally, conversion_of, convert, progress, refuse_same_file, report
+
+MANIFEST = "manifest.json"
+
+ShardRowsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Make OUT a folder of shards of so many source rows, which a killed run goes on with."),
+]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard, as the manifest names it."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    source_rows: int
+    source_sha256: str
+    rejected: Mapping[str, int]
+
+
+def export(
+    source: Path,
+    target: Path,
+    rejected: Path | None,
+    job: Job,
+    workers: int,
+    shard_rows: int | None,
+    settings: Mapping[str, Any],
+) -> Tally:
+    """`convert` of the exporters. `settings` is all that the bytes of the output hang on besides the source's rows."""
+    if shard_rows is None:
+        return convert(source, target, rejected, job, workers, processes=True)
+    if target.exists() and not target.is_dir():
+        raise typer.BadParameter(f"{target} is a file; with --shard-rows it is a folder", param_hint="OUT")
+    side = rejected or target / "rejected.jsonl"
+    refuse_same_file(source, target, side)
+    tally = Tally(source, target, side)
+    try:
+        with conversion_of(job, source, workers, processes=True) as conversion, progress(source) as advance:
+            folder = _Folder(target, conversion, tally, {**settings, "shard_rows": shard_rows})
+            shards = folder.finished_shards()
+            for shard in shards:
+                tally.add(shard.source_rows, shard.rows, Counter({Reason(k): v for k, v in shard.rejected.items()}))
+            rows = islice(read_raw(source, advance), tally.read, None)
+            for number in count(len(shards)):
+                shard = folder.write_shard(number, islice(rows, shard_rows))
+                if not shard.source_rows:
+                    break
+                shards.append(shard)
+            if tally.written:
+                folder.finish(shards, side)
+    except OSError as error:
+        typer.echo(f"error: {error}; the same command goes on with the shards that {target} has", err=True)
+        raise typer.Exit(1) from error
+    report(tally)
+    return tally
+
+
+class _Folder:
+    def __init__(self, folder: Path, conversion: Conversion, tally: Tally, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._resume = folder / ".resume"
+        self._conversion = conversion
+        self._tally = tally
+        self._settings = orjson.loads(orjson.dumps(settings))
+        self._shard_rows: int = settings["shard_rows"]
+        self._suffix = conversion.job.form.suffix
+        self._resume.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is finished
+        for left in (*folder.glob(".part-*.tmp"), *self._resume.glob(".*.tmp")):
+            left.unlink()
+
+    def finished_shards(self) -> list[Shard]:
+        """The shards of an earlier run that still hold, from the first on; their ids count as seen."""
+        shards: list[Shard] = []
+        if not self._tally.source.is_file():
+            return shards  # a pipe is read once
+        rows = read_raw(self._tally.source, lambda num_bytes: None)
+        for number in count():
+            shard = self._finished(number)
+            if shard is None:
+                return shards
+            taken = list(islice(rows, self._shard_rows))
+            if shard.source_sha256 != _sha256(raw for _, raw in taken):
+                return shards
+            lines = {orjson.loads(entry)["line"] for entry in self._side(number).open("rb")}
+            values = (parse_row(raw) for line, raw in taken if line not in lines)
+            self._conversion.seen.add_all([str(value["id"]) for value in values if isinstance(value, dict)])
+            shards.append(shard)
+        raise AssertionError("unreachable")
+
+    def _finished(self, number: int) -> Shard | None:
+        try:
+            record = orjson.loads(self._record(number).read_bytes())
+            shard = Shard(**record["shard"])
+            with (self.folder / shard.file).open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
+        return shard if record["settings"] == self._settings and sha256 == shard.sha256 else None
+
+    def write_shard(self, number: int, rows: Iterator[tuple[int, Raw]]) -> Shard:
+        """Convert `rows` to the shard of that number. With no row left in the source, nothing is written."""
+        file = self.folder / f"part-{number:05d}{self._suffix}"
+        source = hashlib.sha256()
+        tally = Tally(self._tally.source, file, self._side(number))
+
+        def hashed() -> Iterator[tuple[int, Raw]]:
+            for line, raw in rows:
+                source.update(_bytes(raw))
+                yield line, raw
+
+        with StagedFile(file) as staged, StagedFile(tally.side) as staged_side:
+            with staged_side.path.open("wb") as side:
+                self._conversion.write(hashed(), number * self._shard_rows, staged.path, side, tally)
+            with staged.path.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            reasons = {str(reason): number for reason, number in sorted(tally.rejected.items())}
+            size = staged.path.stat().st_size
+            shard = Shard(file.name, tally.written, size, sha256, tally.read, source.hexdigest(), reasons)
+            if tally.read:
+                staged.commit()
+                staged_side.commit()
+                _write_json(self._record(number), {"settings": self._settings, "shard": shard})
+        self._tally.add(tally.read, tally.written, tally.rejected)
+        return shard
+
+    def finish(self, shards: list[Shard], side: Path) -> None:
+        """One side file of all shards, the manifest, and nothing else in the folder."""
+        with StagedFile(side) as staged:
+            with staged.path.open("wb") as out:
+                for number in range(len(shards)):
+                    with self._side(number).open("rb") as stream:
+                        shutil.copyfileobj(stream, out)
+            staged.commit()
+        for part in self.folder.glob("part-*"):
+            if part.name not in {shard.file for shard in shards}:
+                part.unlink()
+        _write_json(
+            self.folder / MANIFEST,
+            {
+                "source": self._tally.source.name,
+                "settings": self._settings,
+                "source_rows": self._tally.read,
+                "rows": self._tally.written,
+                "rejected": {str(reason): number for reason, number in sorted(self._tally.rejected.items())},
+                "shards": shards,
+            },
+        )
+        shutil.rmtree(self._resume)
+
+    def _record(self, number: int) -> Path:
+        return self._resume / f"part-{number:05d}.json"
+
+    def _side(self, number: int) -> Path:
+        return self._resume / f"part-{number:05d}.rejected.jsonl"
+
+
+def _bytes(raw: Raw) -> bytes:
+    return raw if isinstance(raw, bytes) else str(raw).encode()
+
+
+def _sha256(rows: Iterator[Raw]) -> str:
+    digest = hashlib.sha256()
+    for raw in rows:
+        digest.update(_bytes(raw))
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with StagedFile(path) as staged:
+        staged.path.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        staged.commit()
