@@ -100,13 +100,15 @@ class Reply:
 @dataclass(frozen=True)
 class Limits:
     """How hard a server may be pressed. A wait is doubled at each attempt up to the longest, and shortened at random by
-    up to a half so that clients do not come back together. `max_unusable`: paid answers that are empty or malformed."""
+    up to a half so that clients do not come back together. `max_unusable`: paid answers that are empty or malformed.
+    `max_failed_in_a_row`: after so many requests that nothing came of, the server is given up."""
 
     concurrency: int = 16
     requests_per_minute: float | None = None
     timeout_seconds: float = 120.0  # of one attempt, from connecting to the last byte
     max_attempts: int = 8
     max_unusable: int = 3
+    max_failed_in_a_row: int = 50
     first_wait_seconds: float = 1.0
     longest_wait_seconds: float = 60.0
 
@@ -216,6 +218,7 @@ class ChatClient:
         self._retry_unusable = retry_unusable
         self._journal = Journal(journal) if journal else None
         self._places = asyncio.Semaphore(self.limits.concurrency)
+        self._failed_in_a_row = 0
         self._next_start = 0.0  # on the clock of the event loop; when the next request may leave
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -253,6 +256,9 @@ class ChatClient:
                 reply = await self._try(body, check)
             if self._journal and reply.status is not Status.FAILED:
                 self._journal.append(key, ({"label": label} if label else {}) | asdict(reply))
+            self._failed_in_a_row = self._failed_in_a_row + 1 if reply.status is Status.FAILED else 0
+            if self._failed_in_a_row >= self.limits.max_failed_in_a_row:
+                raise ChatError(f"{self.url}: {self._failed_in_a_row} requests in a row failed. The last: {reply.error}")
         self.statuses[reply.status] += 1
         return reply
 

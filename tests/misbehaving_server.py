@@ -117,8 +117,7 @@ class MisbehavingServer:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def serve(self) -> None:
@@ -145,6 +144,11 @@ class MisbehavingServer:
     def done(self) -> None:
         with self._lock:
             self._open -= 1
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # of five, the default, connections of a busy client are lost
 
 
 class _Handler(BaseHTTPRequestHandler):

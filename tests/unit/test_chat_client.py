@@ -103,6 +103,16 @@ def test_what_does_not_pass_ends_in_a_failed_reply_that_says_why(trouble: Behavi
     assert said in (reply.error or "")
 
 
+def test_a_server_that_answers_nothing_is_given_up() -> None:
+    limits = Limits(max_attempts=1, concurrency=1, max_failed_in_a_row=4)
+    with (
+        misbehaving_server(lambda request: Answer("yes") if request.number == 3 else Failure(500)) as server,
+        pytest.raises(ChatError, match=r"4 requests in a row failed.*status 500"),
+    ):
+        ask(server.url, *(question(str(number)) for number in range(20)), limits=limits)
+    assert len(server.requests) == 3 + 4
+
+
 @pytest.mark.parametrize("status", [400, 403, 413, 422])
 def test_a_request_that_the_server_will_never_take_is_sent_once_and_its_neighbours_are_answered(status: int) -> None:
     with misbehaving_server(lambda request: Failure(status) if "bad" in request.text else Answer("yes")) as server:
