@@ -6,7 +6,7 @@
       my_terms.py:brevity: {weight: 0.2, most_words: 80}  # a term of your own
 
 A term of your own is FILE.py:FUNCTION or package.module.function; a file is looked up beside the preset. The score is
-the sum of weight x term.
+the sum of weight x term. `python -m echo_plugins.rewards.explain` shows a preset on recorded outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +26,23 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from .terms import TERMS, Record, Term
+from ..relisten.segment import Segment
+from ..relisten.trajectory import Attempt
+from .terms import TERMS, Event, MissingInformation, Record, Term
 
 PRESETS = Path(__file__).with_name("presets")
+
+# Everything that a term may ask for is there: what a shipped term makes of it is known when a preset is loaded.
+EXAMPLE = Record(
+    text="<think>At <seg>1.00, 2.00</seg> there is a bell.</think><answer>a bell</answer>",
+    ground_truth="a bell",
+    choices=("a dog", "a bell"),
+    duration_seconds=4.0,
+    attempts=(Attempt("<seg>1.00, 2.00</seg>", Segment(1.0, 2.0), None, straddled=False, inserted=True),),
+    answer_logprobs=(-0.5, -0.1),
+    question="What is heard?",
+    events=(Event(1.0, 2.0, "bell"),),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -40,17 +54,21 @@ class PresetError(ValueError):
 @dataclass(frozen=True)
 class Scored:
     """`components`: the weighted value of every term of the preset, which add up to `score`. `errors`: the terms that
-    raised or gave no finite number for this record, and are 0 in it."""
+    raised or gave no finite number for this record, `missing`: those that the record lacks something for; both 0."""
 
     score: float
     components: dict[str, float]
     errors: dict[str, str]
+    missing: dict[str, str]
 
 
 @dataclass(frozen=True)
 class WeightedTerm:
+    """`parameters`: those that the preset sets; `function` has them already."""
+
     name: str
     weight: float
+    parameters: Mapping[str, Any]
     function: Term
 
 
@@ -58,25 +76,34 @@ class WeightedTerm:
 class Preset:
     name: str
     terms: tuple[WeightedTerm, ...]
+    _warned: set[str] = field(default_factory=set, repr=False, compare=False)  # a term that raises does so in every row
 
     def score(self, record: Record) -> Scored:
         """A failed rollout scores 0 in every term; so does a term that raises or returns no finite number."""
         components = {weighted.name: 0.0 for weighted in self.terms}
         errors: dict[str, str] = {}
-        if not record.failed:
-            for weighted in self.terms:
-                try:
-                    value = float(weighted.function(record))
-                except Exception as error:  # noqa: BLE001 - a term is the user's code: one bad row must not end a run
-                    errors[weighted.name] = f"{type(error).__name__}: {error}"
+        missing: dict[str, str] = {}
+        for weighted in () if record.failed else self.terms:
+            try:
+                value = float(weighted.function(record))
+            except MissingInformation as error:
+                missing[weighted.name] = str(error)
+            except Exception as error:  # noqa: BLE001 - a term is the user's code: one bad row must not end a run
+                errors[weighted.name] = f"{type(error).__name__}: {error}"
+            else:
+                if math.isfinite(value):
+                    components[weighted.name] = weighted.weight * value
                 else:
-                    if math.isfinite(value):
-                        components[weighted.name] = weighted.weight * value
-                    else:
-                        errors[weighted.name] = f"returned {value}"
+                    errors[weighted.name] = f"returned {value}"
         for name, what in errors.items():
-            _log.warning("reward term %s of preset %s counted as 0: %s", name, self.name, what)
-        return Scored(math.fsum(components.values()), components, errors)
+            if name not in self._warned:
+                self._warned.add(name)
+                _log.warning("reward term %s of preset %s counted as 0, and so from now on: %s", name, self.name, what)
+        return Scored(math.fsum(components.values()), components, errors, missing)
+
+    def needs_logprobs(self) -> bool:
+        """Whether some term cannot do without the engine's log-probabilities of the answer."""
+        return bool(self.score(replace(EXAMPLE, answer_logprobs=None)).missing)
 
 
 def preset_names() -> list[str]:
@@ -130,7 +157,13 @@ def _weighted(spec: str, entry: Any, path: Path) -> WeightedTerm:
     for key, value in parameters.items():
         if key in signature.parameters and _is_number(signature.parameters[key].default) and not _is_number(value):
             raise PresetError(f"{path}: {key} of {spec} is {value!r}, which is not a finite number")
-    return WeightedTerm(name, float(weight), partial(function, **parameters))
+    bound = partial(function, **parameters)
+    if spec in TERMS:
+        try:
+            bound(EXAMPLE)
+        except (ValueError, TypeError) as error:
+            raise PresetError(f"{path}: {spec}: {error}") from error
+    return WeightedTerm(name, float(weight), parameters, bound)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -154,6 +187,8 @@ def _find(spec: str, preset: Path) -> tuple[str, Term]:
     function: Term | None = getattr(module, attribute, None)
     if not callable(function):
         raise PresetError(f"{preset}: {module_name} has no function {attribute}")
+    if inspect.iscoroutinefunction(function):
+        raise PresetError(f"{preset}: {spec} is async; a term is a plain function")
     return attribute, function
 
 

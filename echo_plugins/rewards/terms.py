@@ -6,18 +6,26 @@ one, decorate it with `@term(NAME)` here, or keep it anywhere and name it in a p
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
-from ..relisten.segment import CLOSE_TAG, Segment
+from ..relisten.segment import CLOSE_TAG, Segment, find_tags, overlap_ratio, union_seconds
 from ..relisten.trajectory import Attempt, StopReason
-from ..relisten.transcript import Transcript, match_choice, parse
+from ..relisten.transcript import Transcript, is_right, parse
 
 Term = Callable[..., float]
 
 TERMS: dict[str, Term] = {}
+
+Confidence = Literal["none", "linear", "quadratic"]
+
+
+class MissingInformation(LookupError):
+    """What a term needs is not in the record: no log-probabilities, no events. The term is 0 there, and counted."""
 
 
 def term(name: str) -> Callable[[Term], Term]:
@@ -33,6 +41,13 @@ def term(name: str) -> Callable[[Term], Term]:
 
 
 @dataclass(frozen=True)
+class Event(Segment):
+    """A labelled stretch of the clip, from the data set."""
+
+    label: str
+
+
+@dataclass(frozen=True)
 class Record:
     """One finished trajectory, as a term sees it.
 
@@ -45,6 +60,8 @@ class Record:
         attempts: every tag, what became of it, and whether its clip was inserted.
         stop_reason: why the trajectory ended; ERROR is a failed rollout, which scores 0.
         answer_logprobs: of each sampled token of the answer, None where there is no answer or the engine gave none.
+        question: without the choices.
+        events: what can be heard when, None where the data set does not say.
 
     Raises ValueError when the ground truth is not one of the choices: such a row could never be answered.
     """
@@ -56,19 +73,15 @@ class Record:
     attempts: tuple[Attempt, ...] = ()
     stop_reason: StopReason = StopReason.ANSWERED
     answer_logprobs: Sequence[float] | None = None
+    question: str = ""
+    events: tuple[Event, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.choices and match_choice(self.ground_truth, self.choices) is None:
-            raise ValueError(f"the ground truth {self.ground_truth!r} is not one of the choices {list(self.choices)}")
+        is_right(None, self.ground_truth, self.choices)
 
     @property
     def failed(self) -> bool:
         return self.stop_reason is StopReason.ERROR
-
-    @property
-    def inserted(self) -> tuple[Segment, ...]:
-        """The segments whose clips were in fact put into the context."""
-        return tuple(a.segment for a in self.attempts if a.inserted and a.segment is not None)
 
     @cached_property
     def transcript(self) -> Transcript:
@@ -77,15 +90,31 @@ class Record:
     @cached_property
     def correct(self) -> bool:
         """The one answer block names the right choice, strictly; for an open question it is the ground truth itself."""
-        answer = self.transcript.answer
-        if not self.choices:
-            return answer is not None and _plain(answer) == _plain(self.ground_truth)
-        said = match_choice(answer, self.choices)
-        return said is not None and said == match_choice(self.ground_truth, self.choices)
+        return is_right(self.transcript.answer, self.ground_truth, self.choices)
 
+    @cached_property
+    def _reasoned_with(self) -> tuple[Attempt, ...]:
+        """The tags before the answer. What comes after it cannot have led to it, and earns nothing."""
+        _, opening, after = self.text.partition("<answer>")
+        return self.attempts[: len(self.attempts) - len(find_tags(after))] if opening else self.attempts
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).rstrip(".").casefold()
+    @property
+    def named(self) -> tuple[Segment, ...]:
+        """The segments that were named before the answer and not refused."""
+        return tuple(attempt.segment for attempt in self._reasoned_with if attempt.segment is not None)
+
+    @property
+    def heard(self) -> tuple[Segment, ...]:
+        """Those of them whose clips were in fact put into the context."""
+        return tuple(a.segment for a in self._reasoned_with if a.inserted and a.segment is not None)
+
+    @property
+    def answer_probability(self) -> float:
+        """With which probability the whole answer was sampled, all of its tokens: to pad it only makes it smaller.
+        Raises MissingInformation."""
+        if self.answer_logprobs is None:
+            raise MissingInformation("there are no log-probabilities of the answer")
+        return math.exp(math.fsum(self.answer_logprobs))
 
 
 @term("format")
@@ -95,15 +124,60 @@ def well_formed(record: Record) -> float:
 
 
 @term("accuracy")
-def accuracy(record: Record) -> float:
-    """1 for the right answer."""
-    return float(record.correct)
+def accuracy(record: Record, *, confidence: Confidence = "none") -> float:
+    """1 for the right answer; with `confidence`, from -1 to 1 by the probability p of the answer.
+
+    linear: p when right, -p when wrong. quadratic: 1 - (1 - p)^2 when right, -p^2 when wrong (the released code's
+    forms, there of the answer's first token only). No one answer block: 0.
+    """
+    if confidence == "none":
+        return float(record.correct)
+    if confidence not in ("linear", "quadratic"):
+        raise ValueError(f"confidence is none, linear or quadratic, not {confidence!r}")
+    if record.transcript.answer is None:
+        return 0.0
+    probability = record.answer_probability
+    if confidence == "linear":
+        return probability if record.correct else -probability
+    return 1 - (1 - probability) ** 2 if record.correct else -(probability**2)
 
 
 @term("segment")
-def segment(record: Record) -> float:
-    """1 for a right answer after at least one clip was inserted: a tag that inserted nothing earns nothing."""
-    return float(record.correct and bool(record.inserted))
+def segment(record: Record, *, quota: int = 1, confidence: Confidence = "none") -> float:
+    """1 for a right answer after at least `quota` clips were inserted, for fewer their share of it; with `confidence`,
+    times what `accuracy` gives. A tag that inserted nothing, or came after the answer, earns nothing.
+    """
+    if quota < 1:
+        raise ValueError(f"quota is 1 or more, not {quota}")
+    return max(0.0, accuracy(record, confidence=confidence)) * min(len(record.heard), quota) / quota
+
+
+@term("non_overlap")
+def non_overlap(record: Record) -> float:
+    """The share of the inserted seconds that were not heard before: 1 / n for n times the same; 0 without a clip."""
+    return 1 - overlap_ratio(record.heard) if record.heard else 0.0
+
+
+@term("grounding")
+def grounding(record: Record, *, about: Literal["mentioned", "all"] = "mentioned") -> float:
+    """Intersection over union, in seconds, of all named segments with the events that the question is about.
+
+    Those are the events whose label the question or the right answer mentions, as whole words; all events where it
+    mentions none, or where `about` is all. Raises MissingInformation where the data set names no events.
+    """
+    if about not in ("mentioned", "all"):
+        raise ValueError(f"about is mentioned or all, not {about!r}")
+    if not record.events:
+        raise MissingInformation("the row has no events")
+    said = f"{record.question} {record.ground_truth}"
+    mentioned = [event for event in record.events if _mentions(said, event.label)]
+    events = record.events if about == "all" or not mentioned else mentioned
+    union = union_seconds([*record.named, *events])
+    return (union_seconds(record.named) + union_seconds(events) - union) / union if union else 0.0
+
+
+def _mentions(text: str, label: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 _BREAK = re.compile(re.escape(CLOSE_TAG) + r"\s*[A-Z<]")
@@ -115,4 +189,4 @@ def consistency(record: Record, *, per_tag: float = 0.1, floor: float = -0.5) ->
 
     What goes on in the sentence that named the segment costs nothing.
     """
-    return max(floor, -per_tag * len(_BREAK.findall(record.text)))
+    return max(floor, 0.0 - per_tag * len(_BREAK.findall(record.text)))

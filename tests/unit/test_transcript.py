@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_plugins.relisten.transcript import Transcript, choice_letter, match_choice, official_match, parse
+from echo_plugins.relisten.transcript import (
+    Transcript,
+    choice_letter,
+    is_right,
+    match_choice,
+    official_match,
+    parse,
+)
 
 CHOICES = ["A dog", "a cat.", "Two  birds", "None of the above"]
 
@@ -155,3 +162,33 @@ def test_the_official_rule_on_what_models_say(prediction: str | None, right: boo
 
 def test_letters_follow_the_alphabet() -> None:
     assert [choice_letter(index) for index in (0, 1, 25)] == ["A", "B", "Z"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("a cat", True), ("B", True), ("(b) A cat", True), ("a dog", False), ("a cat or a dog", False), (None, False)],
+)
+def test_an_answer_is_right_when_it_names_the_right_choice(answer: str | None, right: bool) -> None:
+    assert is_right(answer, "a cat.", CHOICES) is right is is_right(answer, "B", CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("two  Bells.", True), ("two", False), ("two bells or three", False), ("", False), (None, False)],
+)
+def test_an_open_question_wants_the_words_of_the_ground_truth(answer: str | None, right: bool) -> None:
+    assert is_right(answer, "Two bells") is right
+
+
+def test_an_empty_answer_is_not_right_even_where_the_ground_truth_is_empty() -> None:
+    assert not is_right("", "")
+
+
+@pytest.mark.parametrize(("answer", "right"), [("rain", True), ("A", True), ("C", True), ("B", False), ("wind", False)])
+def test_a_choice_that_is_listed_twice_is_one_choice(answer: str, right: bool) -> None:
+    assert is_right(answer, "rain", ["rain", "wind", "rain"]) is right
+
+
+def test_a_ground_truth_that_is_no_choice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'snow' is not one of the choices"):
+        is_right("A dog", "snow", CHOICES)
