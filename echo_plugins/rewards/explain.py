@@ -96,7 +96,8 @@ def main(
         name: [each.score(row.record) for row in track(rows, name, console=_errors)] for name, each in presets.items()
     }
     for name, scored in scores.items():
-        _console.print(summary(name, rows, scored))
+        _console.print(summary(name, scored))
+        _console.print(spread(rows, scored))
         if show:
             _console.print(extremes(name, rows, scored, show))
         for line in complaints(name, scored):
@@ -189,18 +190,21 @@ def contents(name: str, preset: Preset) -> Table:
     return table
 
 
-def summary(name: str, rows: Sequence[Recorded], scored: Sequence[Scored]) -> Table:
-    """Each weighted term over the file."""
+def spread(rows: Sequence[Recorded], scored: Sequence[Scored]) -> str:
+    """How many rows, and in how many groups GRPO would learn: one in which all rollouts score the same teaches nothing."""
     groups: dict[tuple[Any, str], list[float]] = defaultdict(list)
     for row, one in zip(rows, scored, strict=True):
         groups[row.group].append(one.score)
     several = [scores for scores in groups.values() if len(scores) > 1]
-    caption = f"{len(rows)} rows"
-    if several:
-        # GRPO learns from differences within a group; one in which all rollouts score the same teaches nothing.
-        differing = sum(any(not math.isclose(a, b) for a, b in pairwise(scores)) for scores in several)
-        caption += f"; scores differ in {differing} of {len(several)} groups of rollouts of one question"
-    table = Table("term", title=name, title_justify="left", caption=caption, caption_justify="left")
+    if not several:
+        return f"{len(rows)} rows"
+    differing = sum(any(not math.isclose(a, b) for a, b in pairwise(scores)) for scores in several)
+    return f"{len(rows)} rows; scores differ in {differing} of {len(several)} groups of rollouts of one question"
+
+
+def summary(name: str, scored: Sequence[Scored]) -> Table:
+    """Each weighted term over the file."""
+    table = Table("term", title=name, title_justify="left")
     for column in ("mean", "lowest", "highest", "not 0"):
         table.add_column(column, justify="right")
     columns = {term: [one.components[term] for one in scored] for term in scored[0].components}
