@@ -186,8 +186,8 @@ def keep_reference_policy_in_place() -> None:
 
 
 def start_without_scikit_learn() -> None:
-    """transformers/generation/candidate_generator.py imports scikit-learn for assisted decoding, which nothing here does:
-    3.6 s of a core in each of the eight processes of a run, where two cores have to start them all."""
+    """transformers/generation/candidate_generator.py imports scikit-learn for assisted decoding, which nothing here
+    does: it costs 3.6 s of a core in each of the eight processes of a run, and two cores have to start them all."""
 
     def wrapper(_is_available: Callable[[], bool]) -> Callable[[], bool]:
         return lambda: False

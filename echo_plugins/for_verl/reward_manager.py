@@ -5,14 +5,16 @@
     +reward.reward_kwargs.preset=paper
 
 Training and validation go through the same preset, so their scores are on the same scale. Of the agent loop's
-`extra_fields` it reads `attempts` (list of Attempt), `stop_reason`, `duration_seconds` and, where there is one,
-`answer_logprobs`.
+`extra_fields` it reads `text`, `attempts` (list of Attempt), `stop_reason`, `duration_seconds` and `answer_logprobs`;
+of a row `reward_model`, and in `extra_info` the question, choices and events.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -20,23 +22,32 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from ..relisten.trajectory import StopReason
-from ..rewards import Preset, Record, load_preset
+from ..rewards import Event, Preset, PresetError, Record, load_preset
 
 _log = logging.getLogger(__name__)
 
 
 def preset_from_config(config: DictConfig) -> Preset:
-    """The preset that `reward.reward_kwargs.preset` names, the paper's by default. Raises PresetError."""
-    return load_preset(config.reward.get("reward_kwargs", {}).get("preset", "paper"))
+    """The preset that `reward.reward_kwargs.preset` names, the paper's by default.
+
+    Raises PresetError, also for one that needs log-probabilities which the rollout is told not to keep.
+    """
+    preset = load_preset(config.reward.get("reward_kwargs", {}).get("preset", "paper"))
+    if preset.needs_logprobs() and not config.actor_rollout_ref.rollout.calculate_log_probs:
+        raise PresetError(
+            f"the reward preset {preset.name} needs log-probabilities of the answer: set "
+            "actor_rollout_ref.rollout.calculate_log_probs=True"
+        )
+    return preset
 
 
 class EchoRewardManager(RewardManagerBase):
-    """Scores one rollout. `reward_extra_info` has the same keys in every row: `acc`, `failed`, `term_errors` and
-    `reward_NAME` for each term of the preset, weighted."""
+    """Scores one rollout. `reward_extra_info` has the same keys in every row: `acc`, `failed`, `term_errors`,
+    `term_missing` and `reward_NAME` for each term of the preset, weighted; and two texts, which verl's averages pass
+    over: `problems`, what was wrong with which term as JSON, and `audio`, the path of the row's clip."""
 
     def __init__(self, config: DictConfig, tokenizer: Any, compute_score: Any, **_unused: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
-        self._decode = tokenizer.decode
         self.preset = preset_from_config(config)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
@@ -44,9 +55,10 @@ class EchoRewardManager(RewardManagerBase):
 
     def score(self, item: Any) -> dict[str, Any]:
         """A failed rollout, and a row that no answer could satisfy, score 0 and are counted as failed."""
-        extra_info = item.non_tensor_batch.get("extra_info") or {}
+        row = item.non_tensor_batch
+        extra_info = row.get("extra_info") or {}
         try:
-            record = self._record(item, extra_info)
+            record = record_of(row["tool_extra_fields"], extra_info, row["reward_model"]["ground_truth"])
         except ValueError as error:
             _log.error("row %s scored 0: %s", extra_info.get("id"), error)
             record = Record(text="", ground_truth="", stop_reason=StopReason.ERROR)
@@ -57,22 +69,33 @@ class EchoRewardManager(RewardManagerBase):
                 "acc": float(record.correct and not record.failed),
                 "failed": float(record.failed),
                 "term_errors": float(len(scored.errors)),
+                "term_missing": float(len(scored.missing)),
                 **{f"reward_{name}": value for name, value in scored.components.items()},
+                "problems": json.dumps(scored.errors | scored.missing, ensure_ascii=False),
+                "audio": audio_path(row.get("raw_prompt", ())),
             },
         }
 
-    def _record(self, item: Any, extra_info: dict[str, Any]) -> Record:
-        responses = item.batch["responses"]
-        length = int(item.batch["attention_mask"][-responses.shape[-1] :].sum())
-        rollout = item.non_tensor_batch["tool_extra_fields"]
-        choices = extra_info.get("choices")
-        return Record(
-            # without special tokens: no placeholder and no end of message, and none of them is the policy's own text
-            text=self._decode(responses[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            ground_truth=item.non_tensor_batch["reward_model"]["ground_truth"],
-            choices=() if choices is None else tuple(choices),
-            duration_seconds=rollout["duration_seconds"],
-            attempts=tuple(rollout["attempts"]),
-            stop_reason=StopReason(rollout["stop_reason"]),
-            answer_logprobs=rollout.get("answer_logprobs"),
-        )
+
+def record_of(rollout: Mapping[str, Any], extra_info: Mapping[str, Any], ground_truth: str) -> Record:
+    """Raises ValueError when the ground truth is not one of the choices."""
+    choices, events = extra_info.get("choices"), extra_info.get("events")
+    return Record(
+        text=rollout["text"],
+        ground_truth=ground_truth,
+        choices=() if choices is None else tuple(choices),
+        duration_seconds=rollout["duration_seconds"],
+        attempts=tuple(rollout["attempts"]),
+        stop_reason=StopReason(rollout["stop_reason"]),
+        answer_logprobs=rollout["answer_logprobs"],
+        question=extra_info.get("question") or "",
+        events=None if events is None else tuple(Event(e["start"], e["end"], e["label"]) for e in events),
+    )
+
+
+def audio_path(messages: Iterable[Mapping[str, Any]]) -> str:
+    """The path of the prompt's clip as it stands in the Parquet, "" for a prompt without one."""
+    contents = [message["content"] for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    audio = next((part["audio"] for part in parts if part["type"] == "audio"), "")
+    return audio["path"] or "" if isinstance(audio, Mapping) else str(audio)

@@ -3,21 +3,29 @@
 verl 0.9.1 logs the parts of a reward only in validation (trainer_base.py:1126), and of `extra_fields` nothing. Here
 each step also logs, as means over its trajectories (padding left out):
 
-    reward/NAME                          each component, weighted; reward/acc, reward/failed, reward/term_errors
+    reward/NAME                          each component, weighted; reward/acc, reward/failed
+    reward/{term_errors,term_missing}    terms that raised, or that a row lacks something for, a trajectory
     segments/{named,inserted,straddled}  tags a trajectory; segments/refused/REASON
     segments/{seconds,overlap}           length of an inserted clip; share of inserted seconds heard before
     tokens/{sampled,observation,cached}  a trajectory
     stop/{answered,length,error}         share of trajectories
     training/rollout_probs_diff_{mean,max}   verl's own: |rollout - actor| probability of the sampled tokens
 
-With trainer.rollout_data_dir, every trajectory of a step goes to STEP.jsonl there: text, segments, refusals, scores.
+The trajectory log: STEP.jsonl in trainer.rollout_data_dir, and for each validation in trainer.validation_data_dir; a
+line a trajectory, as `trajectory_row` makes it. `python -m echo_plugins.rewards.explain` reads it.
+
+    +echo_log.rows=64 +echo_log.megabytes=64 +echo_log.ids=False
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +39,47 @@ from verl.utils.debug import marked_timer
 
 from ..relisten.segment import Refusal, Segment, overlap_ratio
 from ..relisten.trajectory import Attempt, StopReason
+from .reward_manager import preset_from_config
+
+_log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # verl's 2 s between looks at the rollouts is half of a step of the tiny model
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """The `echo_log` section of verl's configuration.
+
+    Args:
+        rows: trajectories of a step or validation that are kept, 0 for all; `choose` says which.
+        megabytes: no file grows beyond; what does not fit is left out, with a warning.
+        ids: also the token ids (`prompts`, `responses`) and the `response_mask`.
+    """
+
+    rows: int = 0
+    megabytes: float = 64.0
+    ids: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> LogSettings:
+        """Raises ValueError for a key or value that means nothing."""
+        section = dict(config.get("echo_log") or {})
+        unknown = sorted(section.keys() - {setting.name for setting in fields(cls)})
+        settings = cls() if unknown else cls(**section)
+        if unknown or settings.rows < 0 or settings.megabytes <= 0 or not isinstance(settings.ids, bool):
+            raise ValueError(f"echo_log wants rows >= 0, megabytes > 0 and ids True or False, not {section}")
+        return settings
 
 
 @register_trainer("echo_sync")
 class EchoTrainer(PPOTrainerSync):
     """PPOTrainerSync, and the log."""
+
+    def __init__(self, config: Any) -> None:
+        """Raises PresetError and ValueError, for what is wrong with the reward or the log, before anything starts."""
+        preset_from_config(config)
+        self.log_settings = LogSettings.from_config(config)
+        super().__init__(config)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         # The base class compares this with the literal "sync" in six places (trainer_base.py:153, 731, 902, ...), and
@@ -48,13 +90,21 @@ class EchoTrainer(PPOTrainerSync):
         return buffer
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
-        """The first that verl does with a step's rollouts. Raises RuntimeError when none of them can be trained on."""
-        errors = [trajectory["error"] for trajectory in self._extra_fields(batch)]
+        """The first that verl does with a step's rollouts. Raises RuntimeError when none of them can be trained on, or
+        when a term of the reward could not be had for a single one of the first step."""
+        trajectories = self._extra_fields(batch)
+        errors = [trajectory["error"] for trajectory in trajectories]
         if all(error is not None for error in errors):
             raise RuntimeError(
                 f"step {self.global_steps}: each of its {len(errors)} rollouts failed, there is nothing to train on. "
                 f"The last one: {errors[-1] if errors else 'none came back'}"
             )
+        if self.global_steps == 1:
+            never = useless_terms(trajectories)
+            if never:
+                raise RuntimeError(
+                    f"terms that are 0 for each of the {len(errors)} rollouts of the first step: {never}"
+                )
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _compute_metrics(
@@ -69,19 +119,55 @@ class EchoTrainer(PPOTrainerSync):
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict[str, float], rollout_data_dir: str) -> None:
         with marked_timer("dump_rollout_generations", timing_raw, color="green"):
-            keys = sorted(real_keys(batch))
-            fields = ["extra_fields", "extra_info", "reward_model", "rm_scores", "data_source"]
-            data = fetch(batch, keys, fields)
-            rows = [
-                trajectory_row(key, self.global_steps, score, extra_fields, extra_info, reward_model, data_source)
-                for key, score, extra_fields, extra_info, reward_model, data_source in zip(
-                    keys,
-                    data["rm_scores"].sum(dim=1).tolist(),
-                    *(list(data[field]) for field in ("extra_fields", "extra_info", "reward_model", "data_source")),
-                    strict=True,
-                )
-            ]
-            write_jsonl(Path(rollout_data_dir) / f"{self.global_steps}.jsonl", rows)
+            self._write_trajectories(rollout_data_dir, self._trajectory_rows(batch))
+
+    def _validate(self) -> dict[str, float]:
+        """verl's. Its rollouts go into the log as they come, since verl has cleared them when it returns."""
+        folder = self.config.trainer.get("validation_data_dir", None)
+        rows: list[dict[str, Any]] = []
+        sample = self.replay_buffer.sample
+
+        def sample_and_keep(*args: Any, **kwargs: Any) -> Any:
+            batch, *others = sample(*args, **kwargs)
+            rows.extend(self._trajectory_rows(batch))
+            return batch, *others
+
+        if folder:
+            self.replay_buffer.sample = sample_and_keep
+        try:
+            metrics = super()._validate()
+        finally:
+            self.replay_buffer.sample = sample
+        if folder:
+            self._write_trajectories(folder, rows)
+        return metrics
+
+    def _dump_generations(self, *args: Any, **kwargs: Any) -> None:
+        """verl's form of the validation log, which would be written over ours."""
+
+    def _trajectory_rows(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
+        keys = sorted(real_keys(batch))
+        if not keys:
+            return []
+        columns = ["extra_fields", "extra_info", "reward_model", "data_source"]
+        ids = ["prompts", "responses", "response_mask"] if self.log_settings.ids else []
+        data = fetch(batch, keys, ["rm_scores", *columns, *ids])
+        rows = [
+            trajectory_row(key, self.global_steps, score, *values)
+            for key, score, *values in zip(
+                keys, data["rm_scores"].sum(dim=1).tolist(), *(list(data[name]) for name in columns), strict=True
+            )
+        ]
+        for name in ids:
+            for row, tensor in zip(rows, data[name], strict=True):
+                row[name] = tensor.tolist()
+        return rows
+
+    def _write_trajectories(self, folder: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        path = Path(folder) / f"{self.global_steps}.jsonl"
+        left_out = write_jsonl(path, choose(rows, self.log_settings.rows), int(self.log_settings.megabytes * 1e6))
+        if left_out:
+            _log.warning("%s: %d trajectories are left out (echo_log.megabytes)", path, left_out)
 
 
 def real_keys(batch: KVBatchMeta) -> list[str]:
@@ -107,7 +193,7 @@ def relisten_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, flo
     refusals = Counter(attempt.refusal for named in attempts for attempt in named if attempt.refusal is not None)
     stops = Counter(trajectory["stop_reason"] for trajectory in trajectories)
     rewards = [trajectory.get("reward_extra_info") or {} for trajectory in trajectories]
-    names = sorted({name for reward in rewards for name in reward})
+    names = sorted({name for reward in rewards for name, value in reward.items() if not isinstance(value, str)})
     return {
         **{
             f"reward/{name.removeprefix('reward_')}": mean([reward[name] for reward in rewards if name in reward])
@@ -124,6 +210,16 @@ def relisten_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, flo
         "tokens/cached": mean([trajectory["num_cached_tokens"] for trajectory in trajectories]),
         **{f"stop/{reason}": stops[reason] / len(trajectories) for reason in StopReason},
     }
+
+
+def useless_terms(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The terms that not one of the trajectories has a value for, failed ones aside, and the last reason."""
+    problems = [
+        json.loads((trajectory.get("reward_extra_info") or {}).get("problems", "{}"))
+        for trajectory in trajectories
+        if trajectory["error"] is None
+    ]
+    return {name: problems[-1][name] for name in set.intersection(*map(set, problems))} if problems else {}
 
 
 def attempts_of(extra_fields: Mapping[str, Any]) -> list[Attempt]:
@@ -151,19 +247,25 @@ def trajectory_row(
 ) -> dict[str, Any]:
     """One line of the trajectory log."""
     logprobs = extra_fields["answer_logprobs"]
+    reward = extra_fields.get("reward_extra_info") or {}
+    choices, events = extra_info.get("choices"), extra_info.get("events")
     return {
         "step": step,
         "key": key,
         "id": extra_info.get("id"),
         "data_source": data_source,
+        "audio": reward.get("audio") or None,
         "question": extra_info.get("question"),
+        "choices": None if choices is None else list(choices),
         "ground_truth": reward_model.get("ground_truth"),
+        "events": None if events is None else list(events),
         "text": extra_fields["text"],
         "segments": [segment_row(attempt) for attempt in attempts_of(extra_fields)],
         "stop_reason": extra_fields["stop_reason"],
         "error": extra_fields["error"],
         "score": score,
-        "components": dict(extra_fields.get("reward_extra_info") or {}),
+        "components": {name: value for name, value in reward.items() if not isinstance(value, str)},
+        "problems": json.loads(reward.get("problems", "{}")),
         "answer_logprob": None if logprobs is None else sum(logprobs),
         "answer_logprobs": logprobs,
         "duration": extra_fields["duration_seconds"],
@@ -185,10 +287,31 @@ def segment_row(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` whole or not at all."""
+def choose(rows: Iterable[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:
+    """`number` of `rows` (0: all), the same questions whatever their order: by the hash of their id, group by group."""
+
+    def place(row: Mapping[str, Any]) -> tuple[str, str]:
+        return hashlib.sha256(str(row["id"]).encode()).hexdigest(), row["key"]
+
+    return sorted(rows, key=place)[: number or None]
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], most_bytes: int) -> int:
+    """Write `rows` whole or not at all, up to `most_bytes`. Returns how many did not fit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished.replace(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    written = left_out = 0
+    try:
+        with unfinished.open("wb") as file:
+            for row in rows:
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                if written + len(line) > most_bytes:
+                    left_out += 1
+                    continue
+                written += file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return left_out

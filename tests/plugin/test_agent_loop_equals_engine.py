@@ -17,6 +17,7 @@ import echo_plugins.for_verl.agent_loop as agent_loop
 import echo_plugins.for_verl.cpu_platform
 import echo_plugins.for_verl.dataset as dataset
 import echo_plugins.for_verl.omni  # noqa: F401 - verl's processor for Omni
+import echo_plugins.for_verl.vllm_features  # noqa: F401 - as in verl's own server
 from echo_plugins.audio import load, resolve_path
 from echo_plugins.relisten.prompt import question_text
 from echo_plugins.relisten.trajectory import Trajectory, expand_placeholders

@@ -3,12 +3,14 @@ release has closed the gap, and then the adapter goes."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,7 @@ GAPS = {
     "audio can be sampled": "for_verl/agent_loop.py bias",
     "audio stays a path": "for_verl/dataset.py _extract_audio_info",
     "audio rows filtered out": "for_verl/dataset.py maybe_filter_out_long_prompts",
+    "prompts rendered on the event loop": "for_verl/vllm_features.py render_in_threads",
     "clips padded to the window": "for_verl/vllm_features.py, and pad_to_longest everywhere",
     "no empty response": "for_verl/agent_loop.py _response",
     "literal sync": "for_verl/trainer.py _build_replay_buffer",
@@ -99,6 +102,33 @@ def test_vllm_pads_clips_to_the_longest_only() -> None:
     assert extracted["input_features"].shape[-1] == 100
     assert extracted["attention_mask"].sum(-1).tolist() == [100, 50]
     assert hasattr(Qwen2_5OmniThinkerProcessingInfo.get_hf_processor, "__wrapped__")
+
+
+def test_a_prompt_with_audio_is_rendered_in_a_thread_before_it_goes_to_vllm() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from echo_plugins.for_verl.vllm_features import render_in_threads
+
+    class Renderer:
+        async def render_cmpl_async(self, prompts: list[Any]) -> list[Any]:
+            return [{"rendered": prompt["prompt_token_ids"]} for prompt in prompts]
+
+    class Engine:
+        renderer = Renderer()
+
+        async def generate(self, prompt: Any, *_args: Any, request_id: str) -> AsyncIterator[Any]:
+            yield prompt, request_id
+
+    render_in_threads(Engine)
+
+    async def first(prompt: dict[str, Any]) -> Any:
+        return [output async for output in Engine().generate(prompt=prompt, request_id="7")]
+
+    text = {"prompt_token_ids": [1], "multi_modal_data": {}}
+    assert asyncio.run(first(text)) == [(text, "7")]
+    with_audio = {"prompt_token_ids": [1, 2], "multi_modal_data": {"audio": [np.zeros(9)]}}
+    assert asyncio.run(first(with_audio)) == [({"rendered": [1, 2]}, "7")]
+    assert hasattr(AsyncLLM.generate, "__wrapped__")
 
 
 def test_importing_the_package_brings_each_adapter_to_the_module_it_extends() -> None:
