@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,18 @@ from echo_plugins import audio
 from echo_plugins.model import family_of, hop_length
 from echo_plugins.relisten.prompt import Mode, question_text
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
-from echo_plugins.relisten.trajectory import Attempt, Settings, StopReason, Trajectory, Turn, expand_placeholders
+from echo_plugins.relisten.trajectory import (
+    MAX_FORCING_TOKENS,
+    Attempt,
+    Settings,
+    StopReason,
+    Trajectory,
+    Turn,
+    expand_placeholders,
+)
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
 
 # Set before vLLM is imported, where the user has not set them.
 _ENVIRONMENT = {
@@ -51,6 +62,9 @@ _CPU_ENVIRONMENT = {
 CLIENT_VARIABLE = "ECHO_ENGINE_CLIENT"  # the id of the process that started the engine
 CPU_MODEL_LEN = 8192  # tokens; where the model takes more, a CPU's memory and patience do not
 _DECODER_THREADS = 4  # soundfile and soxr release the GIL
+GAP_SECONDS = 1.0  # of silence between the clips of a question that has several
+
+E = TypeVar("E", bound="Engine")
 
 
 class EngineDied(RuntimeError):
@@ -130,6 +144,12 @@ class Sampling:
     max_segments: int = MAX_SEGMENTS
     min_segment_seconds: float = MIN_SEGMENT_SECONDS
     straddle: Literal["cut", "keep"] = "cut"
+    force_answer_tokens: int = 0  # of max_tokens, kept back for an answer where thinking has used up the rest
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of the budget that thinking may not use."""
+        return self.force_answer_tokens and self.force_answer_tokens + MAX_FORCING_TOKENS
 
     def turn_settings(self, max_response_tokens: int) -> Settings:
         return Settings(
@@ -148,13 +168,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """One row to answer. `audio` is relative to `audio_root`, and may not leave it."""
+    """One row to answer. `audio` is relative to `audio_root`, and may not leave it. Where a question is about several
+    clips, `more_audio` are heard after it with GAP_SECONDS between, and segments count from the first one's start."""
 
     id: str
     audio_root: str
     audio: str
     question: str
     choices: tuple[str, ...]
+    more_audio: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,33 +190,7 @@ class Outcome:
     num_sampled_tokens: int
     num_inserted_tokens: int
     seconds: float
-
-
-@contextlib.asynccontextmanager
-async def running_engine(settings: EngineSettings) -> AsyncIterator[Engine]:
-    """Start vLLM, yield the Engine, and shut it down.
-
-    Raises EngineDied when it does not start, and RuntimeError when this process has an engine already.
-    """
-    global _running
-    if _running:
-        raise RuntimeError("this process has an engine already; vLLM takes one a process")
-    _running = True
-    try:
-        try:
-            llm = _start(settings)
-        except RuntimeError as error:
-            raise EngineDied(f"the engine did not start: {error}") from error
-        try:
-            with ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio") as decoders:
-                yield Engine(llm, settings, decoders)
-        finally:
-            llm.shutdown()
-    finally:
-        _running = False
-
-
-_running = False
+    forced_answer: bool = False
 
 
 def _max_positions(model: str) -> int:
@@ -228,7 +224,7 @@ class Engine:
         self.llm = llm
         self._family = family_of(settings.model)
         self._hop_length = hop_length(settings.model)
-        self._max_model_len = llm.model_config.max_model_len
+        self.max_model_len = llm.model_config.max_model_len
         self._processor = llm.renderer.get_mm_processor().info.get_hf_processor()
         extractor = audio.pad_to_longest(self._processor.feature_extractor)
         self._max_samples = extractor.n_samples
@@ -246,6 +242,10 @@ class Engine:
         except ValueError as error:  # AudioError, or a prompt that does not fit
             return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
         await self.run(trajectory, waveform, name, question.id, sampling)
+        forced = sampling.force_answer_tokens > 0 and trajectory.stop_reason is StopReason.LENGTH
+        if forced:
+            trajectory.force_answer(sampling.force_answer_tokens)
+            await self.run(trajectory, waveform, name, question.id, sampling)
         sampled = sum(trajectory.response_mask)
         return Outcome(
             trajectory.text(),
@@ -255,6 +255,7 @@ class Engine:
             sampled,
             len(trajectory.response_mask) - sampled,
             time.monotonic() - started,
+            forced,
         )
 
     def trajectory(self, question: Question, num_samples: int, sampling: Sampling) -> Trajectory:
@@ -264,17 +265,22 @@ class Engine:
             raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
         prompt = self.prompt_ids(question, sampling.mode)
         num_tokens = len(expand_placeholders(prompt, self.ids.audio, [self.count_audio_tokens(num_samples)]))
-        room = self._max_model_len - num_tokens
+        room = self.max_model_len - num_tokens
         if room < 1:
-            raise ValueError(f"the prompt has {num_tokens} tokens and the engine takes {self._max_model_len}")
+            raise ValueError(f"the prompt has {num_tokens} tokens and the engine takes {self.max_model_len}")
+        budget = max(1, min(sampling.max_tokens, room) - sampling.reserve)
+        return self.start_trajectory(prompt, num_samples, sampling.turn_settings(budget))
+
+    def start_trajectory(self, prompt: Sequence[int], num_samples: int, settings: Settings) -> Trajectory:
+        """The turn step after `prompt`, about a clip of `num_samples`."""
         return Trajectory(
             prompt,
             num_samples,
             audio.SAMPLING_RATE,
             self.ids,
-            sampling.turn_settings(min(sampling.max_tokens, room)),
+            settings,
             decode=self._decode,
-            encode=self._encode,
+            encode=self.encode,
             count_audio_tokens=self.count_audio_tokens,
         )
 
@@ -282,25 +288,29 @@ class Engine:
         self, trajectory: Trajectory, waveform: np.ndarray, name: str, row_id: str, sampling: Sampling
     ) -> None:
         """Drive a trajectory to its end. `name` identifies the waveform's content to vLLM's caches."""
+        clips, names = [waveform], [name]
         while (turn := trajectory.next_turn()) is not None:
-            clips = [waveform, *(audio.crop(waveform, c.start_sample, c.end_sample) for c in trajectory.clips)]
-            names = [name, *(f"{name}:{c.start_sample}-{c.end_sample}" for c in trajectory.clips)]
-            await self._turn(trajectory, turn, clips, names, row_id, sampling)
+            for clip in trajectory.clips[len(clips) - 1 :]:
+                clips.append(audio.crop(waveform, clip.start_sample, clip.end_sample))
+                names.append(f"{name}:{clip.start_sample}-{clip.end_sample}")
+            request_id = f"{row_id}-{sampling.seed}-{trajectory.num_turns}"
+            params = self.sampling_params(trajectory, turn, row_id, sampling)
+            try:
+                output = await self.generate(turn.engine_ids, clips, names, params, request_id)
+            except ValueError as error:  # a request that vLLM refuses, or fails at
+                return trajectory.fail(str(error))
+            completion = output.outputs[0]
+            logprobs = [
+                values[token].logprob for token, values in zip(completion.token_ids, completion.logprobs, strict=True)
+            ]
+            trajectory.absorb(completion.token_ids, logprobs, completion.finish_reason)
 
-    async def _turn(
-        self,
-        trajectory: Trajectory,
-        turn: Turn,
-        clips: Sequence[np.ndarray],
-        names: Sequence[str],
-        row_id: str,
-        sampling: Sampling,
-    ) -> None:
+    def sampling_params(self, trajectory: Trajectory, turn: Turn, row_id: str, sampling: Sampling) -> SamplingParams:
+        """What vLLM is told of one turn."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        params = SamplingParams(
+        return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.turn_seed(row_id, trajectory.num_turns),
@@ -312,47 +322,93 @@ class Engine:
             skip_special_tokens=False,  # else "</se<|im_start|>g>" would stop vLLM at a tag that is none
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    async def generate(
+        self,
+        engine_ids: Sequence[int],
+        clips: Sequence[np.ndarray],
+        names: Sequence[str],
+        params: SamplingParams,
+        request_id: str,
+    ) -> RequestOutput:
+        """One engine call: `engine_ids` with one placeholder for each of `clips`, whose contents `names` identify.
+
+        Raises EngineDied, and ValueError for a request that vLLM refuses or fails at.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
         prompt = {
-            "prompt_token_ids": turn.engine_ids,
+            "prompt_token_ids": list(engine_ids),
             "multi_modal_data": {"audio": list(clips)},
             "multi_modal_uuids": {"audio": list(names)},
         }
-        request_id = f"{row_id}-{trajectory.num_turns}"
         try:
             # Rendering here and not in generate() keeps feature extraction off the event loop.
             (rendered,) = await self.llm.renderer.render_cmpl_async([prompt])
             async for output in self.llm.generate(rendered, params, request_id):
                 last = output
         except EngineDeadError as error:
-            raise EngineDied(f"the engine died at row {row_id!r}; its own messages are above") from error
-        except (ValueError, EngineGenerateError) as error:
-            return trajectory.fail(f"{type(error).__name__}: {error.__cause__ or error}")
+            raise EngineDied(f"the engine died at request {request_id!r}; its own messages are above") from error
+        except EngineGenerateError as error:
+            raise ValueError(f"{type(error).__name__}: {error.__cause__ or error}") from error
         counts = [self.count_audio_tokens(len(clip)) for clip in clips]
-        if list(last.prompt_token_ids) != expand_placeholders(turn.engine_ids, self.ids.audio, counts):
-            return trajectory.fail("the engine's prompt is not ours: audio token counts differ from its own")
-        completion = last.outputs[0]
-        logprobs = [
-            values[token].logprob for token, values in zip(completion.token_ids, completion.logprobs, strict=True)
-        ]
-        trajectory.absorb(completion.token_ids, logprobs, completion.finish_reason)
+        if list(last.prompt_token_ids) != expand_placeholders(engine_ids, self.ids.audio, counts):
+            raise ValueError("the engine's prompt is not ours: audio token counts differ from its own")
+        return last
 
     def prompt_ids(self, question: Question, mode: Mode) -> list[int]:
         """The prompt with one placeholder for the clip, as vLLM takes it."""
-        text = question_text(question.question, question.choices, mode)
-        messages = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": text}]}]
-        return self._encode(self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return self.encode(prompt_text(self._processor, question, mode))
 
     def count_audio_tokens(self, num_samples: int) -> int:
         return self._family.num_audio_tokens(num_samples, self._hop_length)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def prompt_text(processor: Any, question: Question, mode: Mode) -> str:
+    """The prompt with one placeholder for the clip, as the chat template of `processor` renders it."""
+    text = question_text(question.question, question.choices, mode)
+    messages = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": text}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
 def _load(question: Question) -> tuple[np.ndarray, str]:
     """The waveform, and the name of its content."""
     waveform = audio.load(audio.resolve_path(question.audio_root, question.audio))
+    gap = np.zeros(round(GAP_SECONDS * audio.SAMPLING_RATE), waveform.dtype)
+    for path in question.more_audio:
+        more = audio.load(audio.resolve_path(question.audio_root, path))
+        waveform = np.concatenate([waveform, gap, more])
     return waveform, hashlib.blake2b(waveform.data, digest_size=16).hexdigest()
+
+
+_running = False
+
+
+@contextlib.asynccontextmanager
+async def running_engine(settings: EngineSettings, kind: type[E] = Engine) -> AsyncIterator[E]:
+    """Start vLLM, yield the Engine (of the class `kind`), and shut it down.
+
+    Raises EngineDied when it does not start, and RuntimeError when this process has an engine already.
+    """
+    global _running
+    if _running:
+        raise RuntimeError("this process has an engine already; vLLM takes one a process")
+    _running = True
+    try:
+        try:
+            llm = _start(settings)
+        except RuntimeError as error:
+            raise EngineDied(f"the engine did not start: {error}") from error
+        try:
+            with ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio") as decoders:
+                yield kind(llm, settings, decoders)
+        finally:
+            llm.shutdown()
+    finally:
+        _running = False

@@ -14,7 +14,7 @@ The observation of rule 3 (DESIGN: the re-listen protocol) is `audio_bos, AUDIO 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -22,6 +22,8 @@ from .segment import CLOSE_TAG, MAX_SEGMENTS, MIN_SEGMENT_SECONDS, Refusal, Segm
 
 # What a log keeps of a tag as written: a policy can write megabytes between the brackets.
 MAX_TAG_CHARS = 96
+# What `force_answer` puts in takes no more than this, in any vocabulary of bytes or more.
+MAX_FORCING_TOKENS = len("</think><answer>")
 
 
 class StopReason(StrEnum):
@@ -185,6 +187,23 @@ class Trajectory:
     def fail(self, error: str) -> None:
         """End with ERROR: the engine or the audio failed. What was sampled so far stays."""
         self.stop_reason, self.error = StopReason.ERROR, error
+
+    def force_answer(self, max_more_tokens: int) -> None:
+        """After LENGTH: open the answer with an observation, where none is open yet, and let the policy go on for that
+        many tokens, without a pause. For inference under a budget; a rollout in training is never forced.
+
+        Raises ValueError when the trajectory has not ended for its length.
+        """
+        if self.stop_reason is not StopReason.LENGTH:
+            raise ValueError(f"an answer is forced where the budget has run out, not after {self.stop_reason}")
+        said = self.text()
+        opening = "" if "<answer>" in said else "<answer>" if "</think>" in said else "</think><answer>"
+        ids = self._encode(opening)
+        self._settings = replace(
+            self._settings, max_response_tokens=len(self.response_ids) + len(ids) + max_more_tokens, max_segments=0
+        )
+        self._observe(ids, ids)
+        self.stop_reason = None
 
     def absorb(
         self, token_ids: Sequence[int], logprobs: Sequence[float] | None, finish_reason: str | None = None

@@ -33,7 +33,7 @@ MAY_IMPORT = {
 FRAMEWORK_HOME = {
     "verl": ("echo_plugins/for_verl/",),
     "swift": ("echo_plugins/for_swift/",),
-    "vllm": ("eval/engine.py", "echo_plugins/for_verl/"),
+    "vllm": ("eval/engine.py", "eval/throughput_worker.py", "echo_plugins/for_verl/"),
 }
 
 
