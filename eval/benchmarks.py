@@ -1,22 +1,39 @@
 """Benchmarks: where their rows, audio, choices and keys are. A user's AudioQA manifest is one of them, without code.
 
-The official layouts are read as they are published, nothing is renamed or moved. Metadata is a JSON list or JSONL.
+    python -m eval.benchmarks list
+    python -m eval.benchmarks check mmar --benchmark-root benchmarks/mmar
+
+The official layouts are read as they are published, nothing is renamed or moved. Metadata is JSONL, a JSON list or
+Parquet. Rows are read one at a time; a JSON list is the exception, its text (not its objects) is held whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from echo_plugins.audio import AudioError, resolve_path
 
 AUDIO_QA = "audio-qa"
 
 # A meta field of a manifest with more labels than this is a name or a note, not something to break scores down by.
 MAX_LABELS = 64
 NO_LABEL = "(none)"
+MAX_CHOICES = 26  # the prompt letters them A to Z
+SHOWN = 3  # examples of what is missing
+
+Rule = Literal["string_match", "letter", "first_letter", "nv_embed"]
+"""Official rules, see eval.score. nv_embed is an embedding model and two judges of its own: not computed here."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
 class BenchmarkError(ValueError):
@@ -24,22 +41,79 @@ class BenchmarkError(ValueError):
 
 
 @dataclass(frozen=True)
+class Fields:
+    """A row's own values of what every question has. Nothing is checked yet."""
+
+    id: Any
+    audio: Any
+    question: Any
+    choices: Any
+    answer: Any
+
+
+def _keyed(audio_key: str) -> Callable[[Mapping[str, Any]], Fields]:
+    """Rows with the keys of an AudioQA manifest, but for the audio."""
+    return lambda row: Fields(*(row.get(key) for key in ("id", audio_key, "question", "choices", "answer")))
+
+
+def _mmau_pro(row: Mapping[str, Any]) -> Fields:
+    """`audio_path` is a list, of several clips in 456 rows; open questions have no choices, instructions no answer."""
+    return Fields(
+        row.get("id"), row.get("audio_path"), row.get("question"), row.get("choices") or [], row.get("answer")
+    )
+
+
+def _mmsu(row: Mapping[str, Any]) -> Fields:
+    """Whatever folder `audio_path` names, the file is in audio/ under the root."""
+    audio = row.get("audio_path")
+    return _lettered(row, row.get("id"), f"audio/{PurePosixPath(audio).name}" if isinstance(audio, str) else audio)
+
+
+def _air_bench(row: Mapping[str, Any]) -> Fields:
+    """A folder for each task and data set. Audio_Grounding is in FLAC whatever its `path` says
+    (Inference_Foundation.py)."""
+    task, dataset, path = row.get("task_name"), row.get("dataset_name"), row.get("path")
+    if task == "Audio_Grounding" and isinstance(path, str):
+        path = f"{path[:-3]}flac"
+    audio = f"{task}_{dataset}/{path}" if isinstance(path, str) else path
+    unique = row.get("uniq_id")
+    return _lettered(row, None if unique is None else f"{task}/{dataset}/{unique}", audio)
+
+
+def _lettered(row: Mapping[str, Any], row_id: Any, audio: Any) -> Fields:
+    """choice_a to choice_d, the last of which may be absent or None; numbers are choices too."""
+    choices = [row.get(f"choice_{letter}") for letter in "abcd"]
+    while choices and choices[-1] is None:
+        choices.pop()
+    return Fields(
+        row_id, audio, row.get("question"), [_text(choice) for choice in choices], _text(row.get("answer_gt"))
+    )
+
+
+def _text(value: Any) -> Any:
+    return "" if value is None else str(value) if type(value) in (int, float) else value
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """One published benchmark.
 
-    `files`: names that its metadata has under the root, the first that exists is read. `breakdowns`: the fields that
-    the official report breaks down by; the macro mean is over the first. `revisions`: sha256 of the metadata files
-    that published numbers belong to, with their name.
+    `files`: names that its metadata has under the root, the first that exists is read. `read` finds a row's fields.
+    `breakdowns`: the fields that the official report breaks down by; the macro mean is over the first. `num_rows`:
+    None where what is published differs. `revisions`: sha256 of the metadata files that published numbers belong to,
+    with their name; empty where we have seen none: numbers then name the sha256 they belong to, and count as unpinned.
     """
 
     name: str
     title: str
     files: tuple[str, ...]
-    audio_key: str
+    read: Callable[[Mapping[str, Any]], Fields]
+    rule: Rule
     breakdowns: tuple[str, ...]
-    num_rows: int
+    num_rows: int | None
     get_it: str
     revisions: Mapping[str, str]
+    may_be_open: bool = False  # rows without choices
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -49,7 +123,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             "mmar",
             "MMAR",
             ("MMAR-meta.jsonl", "MMAR-meta.json"),
-            "audio_path",
+            _keyed("audio_path"),
+            "string_match",
             ("modality", "category", "sub-category"),
             1000,
             "MMAR-meta.jsonl from github.com/ddlBoJack/MMAR; audio/ from huggingface.co/datasets/BoJack/MMAR",
@@ -59,7 +134,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             "mmau-mini",
             "MMAU test-mini",
             ("mmau-test-mini.json",),
-            "audio_id",
+            _keyed("audio_id"),
+            "string_match",
             ("task", "difficulty", "category", "sub-category"),
             1000,
             "mmau-test-mini.json from github.com/Sakshi113/MMAU; test-mini-audios/ from "
@@ -70,11 +146,47 @@ BENCHMARKS: dict[str, Benchmark] = {
             "mmau",
             "MMAU test",
             ("mmau-test.json",),
-            "audio_id",
+            _keyed("audio_id"),
+            "string_match",
             ("task", "difficulty", "category", "sub-category"),
             9000,
             "mmau-test.json from github.com/Sakshi113/MMAU; test-audios/ from "
             "huggingface.co/datasets/gamma-lab-umd/MMAU-test. Its answers are withheld: upload the --official file",
+            {},
+        ),
+        Benchmark(
+            "mmau-pro",
+            "MMAU-Pro",
+            ("test.parquet", "mmau-pro.json", "mmau-pro.jsonl"),
+            _mmau_pro,
+            "nv_embed",
+            ("category", "sub-cat", "length_type", "perceptual_skills", "reasoning_skills"),
+            5305,
+            "test.parquet and data/ (data.zip) from huggingface.co/datasets/gamma-lab-umd/MMAU-Pro. For the official "
+            "scores give the --official file to evaluate_mmau_pro_comprehensive.py of github.com/sonalkum/MMAUPro",
+            {},
+            may_be_open=True,
+        ),
+        Benchmark(
+            "mmsu",
+            "MMSU",
+            ("question/mmsu.jsonl", "mmsu.jsonl"),
+            _mmsu,
+            "letter",
+            ("category", "sub-category", "sub-sub-category", "task_name"),
+            5000,
+            "question/mmsu.jsonl and audio/ from huggingface.co/datasets/ddwang2000/MMSU",
+            {},
+        ),
+        Benchmark(
+            "air-bench-foundation",
+            "AIR-Bench Foundation",
+            ("Foundation_meta.json",),
+            _air_bench,
+            "first_letter",
+            ("task_name", "dataset_name"),
+            None,  # the paper says 19k
+            "the folder Foundation from huggingface.co/datasets/qyang1021/AIR-Bench-Dataset",
             {},
         ),
     )
@@ -83,10 +195,11 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `audio` is relative to the audio root, `answer` None where withheld, `row` as published."""
+    """One question. `audios` are relative to the audio root, `answer` is None where withheld. `row` is as published,
+    with `id`, `choices` and `answer` added where it has other names for them."""
 
     id: str
-    audio: str
+    audios: tuple[str, ...]
     question: str
     choices: tuple[str, ...]
     answer: str | None
@@ -95,13 +208,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Questions:
-    """The rows of a benchmark, and what identifies them: its name and the sha256 of the file they came from."""
+    """The rows of a benchmark, read from their file each time they are asked for, and what identifies them: its name
+    and the sha256 of that file."""
 
     name: str
     file: Path
     sha256: str
-    items: list[Item]
-    breakdowns: tuple[str, ...]
+    num_rows: int
+
+    def __iter__(self) -> Iterator[Item]:
+        return _items(self.name, self.file)
 
     @property
     def revision(self) -> str | None:
@@ -123,25 +239,37 @@ def load_benchmark(name: str, root: str | Path) -> Questions:
 
 
 def load_questions(name: str, file: str | Path) -> Questions:
-    """The rows of one metadata file or manifest, by the keys of the benchmark `name` (AUDIO_QA for a manifest)."""
+    """The rows of one metadata file or manifest, by the layout of the benchmark `name` (AUDIO_QA for a manifest).
+
+    Reads them all once, so that a row that cannot be used is an error now and not after an hour. Raises BenchmarkError.
+    """
     file = Path(file)
-    benchmark = BENCHMARKS.get(name)
     try:
-        content = file.read_bytes()
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise BenchmarkError(f"{file}: {error.strerror}") from error
-    items: list[Item] = []
+    num_rows = sum(1 for _ in _items(name, file))
+    if not num_rows:
+        raise BenchmarkError(f"{file}: no rows in it")
+    return Questions(name, file, sha256, num_rows)
+
+
+def _items(name: str, file: Path) -> Iterator[Item]:
+    benchmark = BENCHMARKS.get(name)
+    read = benchmark.read if benchmark else _keyed("audio")
     seen: set[str] = set()
-    for where, row in _rows(content, file):
-        item = _item(row, benchmark.audio_key if benchmark else "audio", where)
+    for where, row in _rows(file):
+        item = _item(row, read(row), where, may_be_open=benchmark is not None and benchmark.may_be_open)
         if item.id in seen:
             raise BenchmarkError(f"{where}: the id {item.id!r} was there before; ids must be unique to resume by them")
         seen.add(item.id)
-        items.append(item)
-    if not items:
-        raise BenchmarkError(f"{file}: no rows in it")
-    breakdowns = benchmark.breakdowns if benchmark else guess_breakdowns([item.row for item in items])
-    return Questions(name, file, hashlib.sha256(content).hexdigest(), items, breakdowns)
+        yield item
+
+
+def breakdowns_of(name: str | None, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The fields to break scores down by: the benchmark's own, guessed where it is none of ours."""
+    return BENCHMARKS[name].breakdowns if name in BENCHMARKS else guess_breakdowns(rows)
 
 
 def labels(row: Mapping[str, Any], field: str) -> list[str]:
@@ -172,46 +300,164 @@ def _is_label(value: Any) -> bool:
     return all(value is None or isinstance(value, (str, bool, int)) for value in values)
 
 
-def _rows(content: bytes, file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSON list or of JSONL."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BenchmarkError(f"{file}: not UTF-8 ({error})") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise BenchmarkError(f"{file}: not a JSON list ({error})") from error
-        unit = "row"
-    else:
-        rows, unit = [], "line"
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise BenchmarkError(f"{file}, line {number}: not JSON ({error})") from error
-    for number, row in rows:
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of Parquet, of a JSON list or of JSONL."""
+    unit = "line" if file.suffix == ".jsonl" else "row"
+    for number, row in _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file):
         if not isinstance(row, dict):
             raise BenchmarkError(f"{file}, {unit} {number}: not a JSON object but {type(row).__name__}")
         yield f"{file}, {unit} {number}", row
 
 
-def _item(row: dict[str, Any], audio_key: str, where: str) -> Item:
-    for key, kind in (("id", (str, int)), (audio_key, str), ("question", str), ("choices", list)):
-        if not isinstance(row.get(key), kind):
-            raise BenchmarkError(f"{where}: {key!r} is {row.get(key)!r}, which is no {_name_of(kind)}")
-    choices = row["choices"]
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=256)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except pyarrow.ArrowInvalid as error:
+        raise BenchmarkError(f"{file}: not Parquet ({error})") from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            is_list = stream.read(1024).lstrip().startswith("[")
+            stream.seek(0)
+            yield from _list_rows(stream.read(), file) if is_list else _line_rows(stream, file)
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{file}: not UTF-8 ({error})") from error
+
+
+def _list_rows(text: str, file: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON list, decoded one at a time."""
+    decoder, number = json.JSONDecoder(), 0
+    place = _skip_blanks(text, text.index("[") + 1)
+    while place < len(text) and text[place] != "]":
+        number += 1
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            raise BenchmarkError(f"{file}, row {number}: not JSON ({error})") from error
+        yield number, row
+        place = _skip_blanks(text, place)
+        if text[place : place + 1] == ",":
+            place = _skip_blanks(text, place + 1)
+        elif text[place : place + 1] != "]":
+            break
+    if text[place:].strip() != "]":
+        raise BenchmarkError(f"{file}, after row {number}: neither ',' nor the end of the list")
+
+
+def _skip_blanks(text: str, place: int) -> int:
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+def _line_rows(lines: Iterable[str], file: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BenchmarkError(f"{file}, line {number}: not JSON ({error})") from error
+
+
+def _item(row: dict[str, Any], fields: Fields, where: str, *, may_be_open: bool) -> Item:
+    audios = [fields.audio] if isinstance(fields.audio, str) else fields.audio
+    if not isinstance(fields.id, (str, int)):
+        raise BenchmarkError(f"{where}: 'id' is {fields.id!r}, which is no text or number")
+    if not isinstance(audios, list) or not audios or not all(isinstance(audio, str) for audio in audios):
+        raise BenchmarkError(f"{where}: the audio is {fields.audio!r}, which is no path nor list of paths")
+    if not isinstance(fields.question, str):
+        raise BenchmarkError(f"{where}: 'question' is {fields.question!r}, which is no text")
+    choices, answer = fields.choices, fields.answer
+    if not isinstance(choices, list):
+        raise BenchmarkError(f"{where}: 'choices' is {choices!r}, which is no list")
     if not all(isinstance(choice, str) for choice in choices):
         raise BenchmarkError(f"{where}: every choice must be text: {choices!r}")
-    answer = row.get("answer")
+    if not 1 <= len(choices) <= MAX_CHOICES and not (may_be_open and not choices):
+        raise BenchmarkError(f"{where}: {len(choices)} choices; there may be 1 to {MAX_CHOICES}")
     if not isinstance(answer, (str, type(None))):
         raise BenchmarkError(f"{where}: 'answer' must be the text of a choice, not {answer!r}")
-    return Item(str(row["id"]), row[audio_key], row["question"], tuple(choices), answer or None, row)
+    ours = {"id": fields.id, "choices": choices, "answer": answer}
+    row = row | {key: value for key, value in ours.items() if row.get(key) is None and value is not None}
+    return Item(str(fields.id), tuple(audios), fields.question, tuple(choices), answer or None, row)
 
 
-def _name_of(kind: type | tuple[type, ...]) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join({str: "text", int: "number", list: "list"}[kind] for kind in kinds)
+def audio_problem(item: Item, root: Path) -> str | None:
+    """Why the audio of a question cannot be found, None when all of it is there."""
+    try:
+        for audio in item.audios:
+            resolve_path(root, audio)
+    except AudioError as error:
+        return f"{item.id}: {error}"
+    return None
+
+
+def odd_rows(items: Iterable[Item]) -> Counter[str]:
+    """How many rows are out of the ordinary in which way. All of them are asked, and scored."""
+    found: Counter[str] = Counter()
+    for item in items:
+        found["without choices"] += not item.choices
+        found["with 2, 3 or more than 4 choices"] += len(item.choices) > 0 and len(item.choices) != 4
+        found["with an empty choice"] += any(not choice.strip() for choice in item.choices)
+        found["that list a choice twice"] += len(set(item.choices)) < len(item.choices)
+        found["of several audio files, heard one after another"] += len(item.audios) > 1
+        found["without an answer: withheld, not scored here"] += item.answer is None
+        found["whose answer is none of the choices: always wrong"] += bool(
+            item.answer and item.choices and item.answer not in item.choices
+        )
+    return +found
+
+
+@app.command("list")
+def list_benchmarks() -> None:
+    """The benchmarks, and where each is got from."""
+    console = Console(highlight=False, soft_wrap=True)
+    for benchmark in BENCHMARKS.values():
+        pinned = ", ".join(benchmark.revisions.values()) or "none known"
+        console.print(f"[bold]{benchmark.name}[/bold]  {benchmark.num_rows or 'about 19,000'} rows, {benchmark.rule}")
+        console.print(f"  pinned  {pinned}\n  get it  {benchmark.get_it}", markup=False)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    benchmark_root: Annotated[Path, typer.Option(help="Its folder, in the official layout.")],
+) -> None:
+    """What of a benchmark is there, what is missing, and where it is got from.
+
+    Exit status: 0 all is there, 1 something is missing or cannot be used, 2 wrong usage.
+    """
+    if name not in BENCHMARKS:
+        raise typer.BadParameter(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    benchmark, console = BENCHMARKS[name], Console(highlight=False, soft_wrap=True)
+    try:
+        questions = load_benchmark(name, benchmark_root)
+    except BenchmarkError as error:
+        console.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    problems = [problem for item in questions if (problem := audio_problem(item, benchmark_root))]
+    known = ", ".join(f"{revision} ({sha256[:12]})" for sha256, revision in benchmark.revisions.items()) or "none"
+    rows_differ = benchmark.num_rows not in (None, questions.num_rows)
+    lines = [
+        f"{benchmark.title}: {questions.file}",
+        f"rows      {questions.num_rows}" + (f", where {benchmark.num_rows} are published" if rows_differ else ""),
+        f"sha256    {questions.sha256}",
+        f"revision  {questions.revision or f'unpinned; known here: {known}'}",
+        f"audio     {questions.num_rows - len(problems)} rows have theirs, {len(problems)} lack it",
+        *(f"          {problem}" for problem in problems[:SHOWN]),
+        *(f"odd       {count} rows {what}" for what, count in odd_rows(questions).items()),
+    ]
+    if problems or rows_differ:
+        lines.append(f"get it    {benchmark.get_it}")
+    console.print("\n".join(lines), markup=False)
+    raise typer.Exit(1 if problems or rows_differ else 0)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m eval.benchmarks")

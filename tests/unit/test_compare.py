@@ -1,0 +1,137 @@
+"""Two models on the same rows, and several runs of one."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from eval import compare, runs
+from eval.predictions import write_whole
+
+CHOICES = ["rain", "wind", "a dog", "thunder"]
+
+
+def write_run(file: Path, answers: list[str], **identity: Any) -> Path:
+    """Predictions on rows that all have the key "rain"."""
+    rows = [
+        {"id": str(n), "choices": CHOICES, "answer": "rain", "modality": "sound" if n % 2 else "music"}
+        | {"question": f"{n}?", "answer_prediction": answer}
+        for n, answer in enumerate(answers)
+    ]
+    write_whole(file, (json.dumps(row) + "\n" for row in rows))
+    if identity:
+        about = {"benchmark": "audio-qa", "questions_sha256": "0"} | identity
+        sidecar = {"identity": about, "questions": "gone", "num_rows": len(answers)}
+        write_whole(file.with_suffix(".run.json"), json.dumps(sidecar))
+    return file
+
+
+def run_compare(folder: Path, first: Path, second: Path) -> tuple[Any, dict[str, Any], list[dict[str, Any]]]:
+    words = [
+        "--json",
+        str(folder / "c.json"),
+        "--rows",
+        str(folder / "changed.jsonl"),
+        "--markdown",
+        str(folder / "c.md"),
+    ]
+    result = CliRunner().invoke(compare.app, [str(first), str(second), *words])
+    if result.exit_code:
+        return result, {}, []
+    changed = [json.loads(line) for line in (folder / "changed.jsonl").read_text().splitlines()]
+    return result, json.loads((folder / "c.json").read_text()), changed
+
+
+def test_a_comparison_pairs_the_rows_and_names_those_that_changed(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a.jsonl", ["rain"] * 6 + ["wind"] * 8 + [""] * 6)
+    second = write_run(tmp_path / "b.jsonl", ["rain"] * 5 + ["wind"] + ["rain"] * 8 + [""] * 6)
+    result, summary, changed = run_compare(tmp_path, first, second)
+    assert result.exit_code == 0, result.output
+    strict = summary["strict"]
+    assert (strict["before"], strict["after"], strict["only_before"], strict["only_after"]) == (0.3, 0.65, 1, 8)
+    assert strict["difference"] == pytest.approx(0.35)
+    assert strict["p"] == pytest.approx(2 * (1 + 9) / 2**9)
+    assert strict["interval"][0] < 0.35 < strict["interval"][1]
+    assert [group["total"] for group in strict["by"]["modality"].values()] == [10, 10]
+    assert summary["changed"] == 9 and [row["id"] for row in changed] == [str(n) for n in range(5, 14)]
+    assert changed[0]["before"] == "rain" and changed[0]["after"] == "wind"
+    assert changed[0]["strict"] == {"before": True, "after": False}
+    assert "| strict | 20 | 30.0 | 65.0 | 1 | 8 | +35.0" in (tmp_path / "c.md").read_text()
+    assert "5: 'rain' -> 'wind', key 'rain'" in result.output
+
+
+def test_equal_predictions_are_no_difference(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a.jsonl", ["rain", "wind", ""])
+    _, summary, changed = run_compare(tmp_path, first, write_run(tmp_path / "b.jsonl", ["rain", "wind", ""]))
+    assert summary["official"]["p"] == 1.0 and summary["official"]["interval"] == [0.0, 0.0] and changed == []
+
+
+def test_rows_of_one_file_only_are_left_out_and_counted(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a.jsonl", ["rain"] * 3), write_run(tmp_path / "b.jsonl", ["rain"] * 5)
+    result, summary, _ = run_compare(tmp_path, first, second)
+    assert summary["rows"] == 3 and "2 rows are in one of the files only" in result.stderr
+
+
+def test_other_questions_are_refused(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a.jsonl", ["rain"], questions_sha256="1")
+    second = write_run(tmp_path / "b.jsonl", ["rain"], questions_sha256="2")
+    result, _, _ = run_compare(tmp_path, first, second)
+    assert result.exit_code == 1 and "they answer other questions" in result.stderr
+    write_whole(second.with_suffix(".run.json"), first.with_suffix(".run.json").read_text())
+    write_whole(second, second.read_text().replace('"answer": "rain"', '"answer": "wind"'))
+    result, _, _ = run_compare(tmp_path, first, second)
+    assert result.exit_code == 1 and "have another answer key" in result.stderr
+
+
+def summarise(folder: Path, *answers: list[str], **identity: Any) -> dict[str, Any]:
+    files = [
+        write_run(folder / f"{n}.jsonl", row, **({"shuffle_choices": n} if identity else {}))
+        for n, row in enumerate(answers)
+    ]
+    result = CliRunner().invoke(runs.app, [*map(str, files), "--json", str(folder / "r.json")])
+    assert result.exit_code == 0, result.output
+    return json.loads((folder / "r.json").read_text())
+
+
+def test_several_runs_have_a_mean_a_spread_and_pass_at_k(tmp_path: Path) -> None:
+    summary = summarise(tmp_path, ["rain", "wind"], ["rain", "rain"], ["rain", "wind"], ["rain", "wind"])
+    assert summary["strict"]["accuracies"] == [0.5, 1.0, 0.5, 0.5]
+    assert summary["strict"]["mean_accuracy"] == 0.625 and summary["strict"]["standard_deviation"] == 0.25
+    assert summary["strict"]["pass_at_k"] == pytest.approx({"1": 0.625, "2": 0.75, "4": 1.0})
+    assert summary["majority_accuracy"] == 0.5
+
+
+def test_a_tie_and_silence_elect_nobody(tmp_path: Path) -> None:
+    summary = summarise(tmp_path, ["rain", "", "A", "dunno"], ["wind", "", "rain", "rain"])
+    assert summary["majority_accuracy"] == 0.5 and summary["without_majority"] == 2
+    assert summary["consistency"]["pairwise"] == 0.25 and not summary["consistency"]["choices_shuffled"]
+
+
+def test_agreement_over_shuffled_choices_is_by_text_and_not_by_letter(tmp_path: Path) -> None:
+    chance = random.Random(5)
+    files = []
+    for number in range(3):
+        rows = []
+        for n in range(20):
+            order = chance.sample(CHOICES, 4)
+            letter = "ABCD"[order.index("rain") if n < 15 else 0]
+            rows.append({"id": str(n), "choices": order, "answer": "rain", "answer_prediction": letter})
+        files.append(tmp_path / f"{number}.jsonl")
+        write_whole(files[-1], (json.dumps(row) + "\n" for row in rows))
+        about = {"benchmark": "audio-qa", "questions_sha256": "0", "shuffle_choices": number}
+        sidecar = {"identity": about, "questions": "gone", "num_rows": 20}
+        write_whole(files[-1].with_suffix(".run.json"), json.dumps(sidecar))
+    summary = runs.summarise([runs.load(file) for file in files])
+    assert summary["consistency"]["choices_shuffled"]
+    assert 0.75 <= summary["consistency"]["unanimous"] < 1.0  # the five that say A whatever A is agree by chance
+    assert summary["strict"]["pass_at_k"]["1"] >= 0.75
+
+
+def test_runs_on_other_rows_are_refused(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a.jsonl", ["rain"]), write_run(tmp_path / "b.jsonl", ["rain", "rain"])
+    result = CliRunner().invoke(runs.app, [str(first), str(second)])
+    assert result.exit_code == 1 and "not runs on the same rows" in result.stderr
+    assert CliRunner().invoke(runs.app, [str(first)]).exit_code == 1

@@ -1,0 +1,213 @@
+"""Which rows are asked, in which order of choices; and engines side by side, with engines that die (made up here)."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_plugins.relisten.trajectory import StopReason
+from eval.benchmarks import AUDIO_QA, BenchmarkError, Item, load_questions
+from eval.engine import EngineDied, Outcome, Question, Sampling
+from eval.fleet import MAX_DEATHS, Start, Task, answer_all
+from eval.infer import Selection, prediction, question_of, read_ids, shuffled
+from eval.predictions import run_path
+
+
+def write_manifest(folder: Path, num_rows: int) -> Path:
+    rows = ({"id": f"r{n}", "audio": "a.wav", "question": "?", "choices": list("wxyz")} for n in range(num_rows))
+    file = folder / "m.jsonl"
+    file.write_text("".join(json.dumps(row | {"answer": "w"}) + "\n" for row in rows))
+    return file
+
+
+def test_rows_are_selected_by_id_and_then_by_number(tmp_path: Path) -> None:
+    questions = load_questions(AUDIO_QA, write_manifest(tmp_path, 9))
+    some = Selection(questions, frozenset({"r7", "r2", "r5"}), 2)
+    assert [item.id for item in some] == [item.id for item in some] == ["r2", "r5"]  # read anew each time
+    with pytest.raises(BenchmarkError, match=r"1 of the ids are not in .*m\.jsonl: \['r9'\]"):
+        Selection(questions, frozenset({"r1", "r9"}), None)
+
+
+def test_ids_come_from_the_command_line_from_lines_or_from_rows(tmp_path: Path) -> None:
+    assert read_ids(" a, b ,") == {"a", "b"}
+    (tmp_path / "ids.txt").write_text("a\n\n b\n")
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "strict": null}\n{"id": 7}\n')
+    assert read_ids(str(tmp_path / "ids.txt")) == {"a", "b"}
+    assert read_ids(str(tmp_path / "rows.jsonl")) == {"a", "7"}
+
+
+def test_shuffled_choices_depend_on_the_seed_and_the_row_and_can_be_traced_back(tmp_path: Path) -> None:
+    item, other = list(load_questions(AUDIO_QA, write_manifest(tmp_path, 2)))
+    assert shuffled(item, None) is item
+    orders = Counter(shuffled(item, seed).choices for seed in range(200))
+    assert len(orders) == 24 and shuffled(item, 3) == shuffled(item, 3)
+    assert [shuffled(item, seed).choices for seed in range(9)] != [shuffled(other, seed).choices for seed in range(9)]
+    shown = shuffled(item, 3)
+    assert shown.row["choices"] == list(shown.choices) and item.row["choices"] == list("wxyz")
+    assert tuple(item.choices[place] for place in shown.row["choices_order"]) == shown.choices
+
+
+def test_a_question_of_several_clips_names_them_all() -> None:
+    item = Item("a", ("x.wav", "y.wav", "z.wav"), "?", ("b",), "b", {"id": "a"})
+    question = question_of(item, Path("/data"))
+    assert (question.audio, question.more_audio) == ("x.wav", ("y.wav", "z.wav"))
+
+
+def test_a_forced_answer_is_marked_in_its_row() -> None:
+    item = Item("a", ("x.wav",), "?", ("b", "c"), "b", {"id": "a"})
+    outcome = Outcome("<think>so</think><answer>b</answer>", (), StopReason.LENGTH, None, 9, 1, 0.1, forced_answer=True)
+    assert prediction(item, outcome)["forced_answer"] is True
+    assert "forced_answer" not in prediction(item, Outcome("", (), StopReason.LENGTH, None, 9, 1, 0.1))
+
+
+def test_runs_can_be_added_later() -> None:
+    files = [run_path(Path("d/out.jsonl"), 7 + number, number).as_posix() for number in range(3)]
+    assert files == ["d/out.jsonl", "d/out.seed8.jsonl", "d/out.seed9.jsonl"]
+
+
+class Fleet:
+    """Rows that are counted as they are taken and finished, and engines that die when `dies` says so."""
+
+    def __init__(self, num_rows: int, dies: Callable[[Question], bool] = lambda _: False) -> None:
+        self.num_rows, self.dies = num_rows, dies
+        self.outcomes: list[tuple[str, Outcome]] = []
+        self.said: list[str] = []
+        self.num_taken = self.most_in_flight = self.num_deaths = 0
+
+    def tasks(self) -> Iterator[Task]:
+        for number in range(self.num_rows):
+            self.num_taken += 1
+            self.most_in_flight = max(self.most_in_flight, self.num_taken - len(self.outcomes))
+            question = Question(f"r{number}", "/", "a.wav", "?", ("b", "c"))
+            yield Task(0, Item(question.id, ("a.wav",), "?", ("b", "c"), "b", {}), question, Sampling())
+
+    def engine(self, seconds: float = 0.0) -> Start:
+        fleet = self
+
+        class Engine:
+            alive, num_answered = True, 0
+
+            async def answer(self, question: Question, sampling: Sampling) -> Outcome:
+                await asyncio.sleep(seconds)
+                if self.alive and fleet.dies(question):
+                    self.alive = False
+                    fleet.num_deaths += 1
+                if not self.alive:
+                    raise EngineDied("killed")
+                return Outcome(str(seconds), (), StopReason.ANSWERED, None, 1, 0, seconds)
+
+        @contextlib.asynccontextmanager
+        async def start() -> AsyncIterator[Engine]:
+            yield Engine()
+
+        return start
+
+    def run(self, *starts: Start, num_lanes: int = 4, can_restart: bool = True) -> Counter[str]:
+        """Answer every row, and say how often each was finished."""
+
+        def finish(task: Task, outcome: Outcome) -> None:
+            self.outcomes.append((task.item.id, outcome))
+
+        async def answer() -> None:
+            running = answer_all(self.tasks(), starts, num_lanes, finish, self.said.append, can_restart=can_restart)
+            await asyncio.wait_for(running, timeout=20)
+
+        asyncio.run(answer())
+        return Counter(row_id for row_id, _ in self.outcomes)
+
+    def all_once(self) -> dict[str, int]:
+        return {f"r{number}": 1 for number in range(self.num_rows)}
+
+
+def test_a_slow_engine_holds_nobody_back() -> None:
+    fleet = Fleet(60)
+    assert fleet.run(fleet.engine(0.001), fleet.engine(0.05), num_lanes=2) == fleet.all_once()
+    by_engine = Counter(outcome.response for _, outcome in fleet.outcomes)
+    assert by_engine["0.001"] > 3 * by_engine["0.05"] > 0
+
+
+def test_only_the_rows_in_flight_are_held() -> None:
+    fleet = Fleet(5000)
+    assert fleet.run(fleet.engine(), fleet.engine(), num_lanes=3) == fleet.all_once()
+    assert fleet.most_in_flight <= 2 * 3
+
+
+def test_the_rows_of_a_dead_engine_are_done_and_none_twice() -> None:
+    chance = random.Random(1)
+    for number in range(30):
+        left = [number % 4 + 1]
+
+        def dies(_: Question, left: list[int] = left) -> bool:
+            left[0] -= (now := left[0] > 0 and chance.random() < 0.05)
+            return now
+
+        fleet = Fleet(50, dies)
+        counts = fleet.run(fleet.engine(0.0005), fleet.engine(0.001))
+        assert counts == fleet.all_once()
+
+
+def test_one_death_costs_no_row_its_answer() -> None:
+    dead: list[str] = []
+    fleet = Fleet(40, lambda question: question.id == "r9" and not dead and not dead.append("r9"))
+    assert fleet.run(fleet.engine(0.001)) == fleet.all_once()
+    assert fleet.num_deaths == 1 and all(outcome.error is None for _, outcome in fleet.outcomes)
+    assert any("another engine is started" in line for line in fleet.said)
+
+
+def test_a_row_that_kills_engines_is_the_only_one_that_is_lost() -> None:
+    fleet = Fleet(40, lambda question: question.id in ("r9", "r11"))
+    assert fleet.run(fleet.engine(0.001), fleet.engine(0.001)) == fleet.all_once()
+    failed = {row_id: outcome for row_id, outcome in fleet.outcomes if outcome.error is not None}
+    assert failed.keys() == {"r9", "r11"} and fleet.num_deaths <= 2 * MAX_DEATHS
+    assert all(outcome.stop_reason is StopReason.ERROR for outcome in failed.values())
+    assert "3 engines died with this row, the last one with it alone: killed" in (failed["r9"].error or "")
+
+
+def test_an_engine_that_cannot_be_replaced_leaves_its_rows_to_the_others() -> None:
+    dead: list[str] = []
+    fleet = Fleet(40, lambda question: question.id == "r9" and not dead and not dead.append("r9"))
+    assert fleet.run(fleet.engine(0.001), fleet.engine(0.001), can_restart=False) == fleet.all_once()
+
+
+def test_the_last_engine_that_dies_ends_the_run_and_what_was_done_is_done() -> None:
+    fleet = Fleet(40, lambda question: question.id == "r9")
+    with pytest.raises(EngineDied, match="killed"):
+        fleet.run(fleet.engine(0.001), can_restart=False)
+    assert 0 < len(fleet.outcomes) < 40 and max(Counter(row for row, _ in fleet.outcomes).values()) == 1
+
+
+def test_an_engine_that_finds_no_place_is_not_waited_for() -> None:
+    @contextlib.asynccontextmanager
+    async def never() -> AsyncIterator[Any]:
+        await asyncio.Event().wait()
+        yield None
+
+    fleet = Fleet(20)
+    assert fleet.run(never, fleet.engine(0.001)) == fleet.all_once()
+
+
+def test_an_engine_that_does_not_start_is_left_out_unless_it_is_the_last() -> None:
+    @contextlib.asynccontextmanager
+    async def broken() -> AsyncIterator[Any]:
+        raise EngineDied("no memory")
+        yield None
+
+    fleet = Fleet(20)
+    assert fleet.run(broken, fleet.engine(0.001)) == fleet.all_once()
+    with pytest.raises(EngineDied, match="no memory"):
+        fleet.run(broken, broken)
+
+
+def test_a_mistake_of_ours_ends_the_run_as_itself() -> None:
+    def mistake(_: Question) -> bool:
+        raise TypeError("a mistake")
+
+    fleet = Fleet(20, mistake)
+    with pytest.raises(TypeError, match="a mistake"):
+        fleet.run(fleet.engine(), fleet.engine())
