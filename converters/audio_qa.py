@@ -131,7 +131,7 @@ class AudioQA:
             think=think,
             events=_events(row.get("events"), duration),
             duration_seconds=duration,
-            meta=_meta(row, FIELDS),
+            meta=_meta(row, _FIELD_SET),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class LabelledAudio:
             raise RowError(Reason.NOT_AN_OBJECT, f"a row is a JSON object, this is {_shown(row)}")
         duration = _duration(row.get("duration"))
         events = _events(row.get("events"), duration)
-        return cls(_id(row), _audio(row), events, duration, _meta(row, LABELLED_FIELDS))
+        return cls(_id(row), _audio(row), events, duration, _meta(row, _LABELLED_FIELD_SET))
 
     def to_json(self) -> dict[str, Any]:
         """The row as it stands in a manifest; optional fields only where they are set."""
@@ -195,6 +195,7 @@ def recording_of(record: Record) -> str:
 
 LABELLED_FIELDS = ("id", "audio", "events", "duration", "meta")
 FIELDS = ("id", "audio", "question", "choices", "answer", "think", "events", "duration", "meta")
+_FIELD_SET, _LABELLED_FIELD_SET = frozenset(FIELDS), frozenset(LABELLED_FIELDS)
 _EVENT_FIELDS = ("label", "start", "end")
 
 
@@ -388,7 +389,7 @@ def _events(value: Any, duration_seconds: float | None) -> tuple[Event, ...]:
 
 
 def _event(item: object, duration_seconds: float | None) -> Event:
-    if not isinstance(item, Mapping):
+    if not isinstance(item, dict):
         raise RowError(Reason.BAD_EVENT, f"an event is an object with label, start and end, this is {_shown(item)}")
     label, start, end = item.get("label"), item.get("start"), item.get("end")
     if not isinstance(label, str) or not label.strip():
@@ -407,8 +408,9 @@ def _check_event_end(event: Event, duration_seconds: float) -> None:
         raise RowError(Reason.BAD_EVENT, f"{_shown(event.to_json())} ends after the clip of {duration_seconds:g} s")
 
 
-def _meta(row: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+def _meta(row: dict[str, Any], fields: frozenset[str]) -> dict[str, Any]:
     meta = row.get("meta")
     if meta is not None and not isinstance(meta, dict):
         raise RowError(Reason.WRONG_TYPE, f"'meta' is an object, this is {_shown(meta)}")
-    return {key: row[key] for key in row if key not in fields} | (meta or {})
+    others = row.keys() - fields
+    return {key: row[key] for key in row if key in others} | (meta or {}) if others else meta or {}
