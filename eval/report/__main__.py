@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from ..curves import labels_for
 from ..predictions import write_whole
-from .page import pair_sets, read_sounds, render
+from ..progress import progress
+from .page import pair_sets, read_sounds, render, sounds_of
 from .runs import read_run
-from .sound import Sound
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -56,7 +54,9 @@ def main(
             wanted = frozenset(row.key for each in found for rows_of in each.sets for row in rows_of.rows)
             found.append(read_run(run, label, rows, audio_root, audio_qa or [], wanted))
         pairs = pair_sets(found)
-        sounds = read_sounds(pairs, embed, _track)
+        files = sounds_of(pairs, embed)
+        with progress(_console, "reading audio", "files", len(files)) as advance:
+            sounds = read_sounds(files, advance)
         page = render(found, sounds, pairs, title or " against ".join(run.label for run in found), output.parent)
         write_whole(output, page)
     except (ValueError, OSError) as error:
@@ -73,10 +73,6 @@ def main(
         f"{output.stat().st_size / 1e6:.1f} MB. Open it in a browser",
         markup=False,
     )
-
-
-def _track(sounds: Iterable[Sound], total: int) -> Iterable[Sound]:
-    return track(sounds, "reading audio", total=total, console=_console, transient=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,23 +53,28 @@ def pair_sets(runs: Sequence[Run]) -> list[Pair]:
     return [Pair(name, [next((s for s in run.sets if s.name == name), None) for run in runs]) for name in names]
 
 
-def read_sounds(
-    pairs: Sequence[Pair], embed: int, track: Callable[[Iterable[Sound], int], Iterable[Sound]]
-) -> dict[Path, Sound]:
-    """Every sound that a row names, once; those of the first `embed` rows of each set with a copy to embed."""
-    rows = [row for pair in pairs for side in pair.sides if side for row in side.rows]
-    first = [row for pair in pairs for side in pair.sides if side for row in side.rows[:embed]]
-    paths = list(dict.fromkeys(row.audio for row in rows if row.audio))
-    embedded = {row.audio for row in first}
+def sounds_of(pairs: Sequence[Pair], embed: int) -> dict[Path, bool]:
+    """Every audio file that a row names, and whether the page carries it: where one of the first `embed` rows of a set
+    names it."""
+    sides = [side for pair in pairs for side in pair.sides if side]
+    carried = {row.audio for side in sides for row in side.rows[:embed]}
+    return {row.audio: row.audio in carried for side in sides for row in side.rows if row.audio}
+
+
+def read_sounds(files: Mapping[Path, bool], advance: Callable[[], None]) -> dict[Path, Sound]:
+    """Decode what `sounds_of` found; `advance` is called after each."""
+    sounds: dict[Path, Sound] = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        sounds = threads.map(lambda path: read_sound(path, path in embedded), paths)
-        return dict(zip(paths, track(sounds, len(paths)), strict=True))
+        for path, sound in zip(files, threads.map(read_sound, files, files.values()), strict=True):
+            sounds[path] = sound
+            advance()
+    return sounds
 
 
 def link(audio: Path, folder: Path) -> str:
     """What the page in `folder` plays `audio` by: a relative path where it is below, which moves with the folder."""
     if audio.is_relative_to(folder):
-        return "./" + quote(audio.relative_to(folder).as_posix())
+        return "./" + quote(os.fsencode(audio.relative_to(folder)))
     return audio.as_uri()
 
 
@@ -97,7 +102,7 @@ def render(runs: Sequence[Run], sounds: Mapping[Path, Sound], pairs: Sequence[Pa
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         title=title,
         runs=runs,
         pairs=pairs,
@@ -113,6 +118,9 @@ def render(runs: Sequence[Run], sounds: Mapping[Path, Sound], pairs: Sequence[Pa
         style_hash=_hash(style),
         percent=lambda share: math.floor(1000 * share + 0.5) / 10,
     )
+    return page.encode("utf-8", "replace").decode(
+        "utf-8"
+    )  # half a surrogate pair, as a model can sample it, is no text
 
 
 def _row(row: Row, places: Mapping[Path, int]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from echo_plugins.relisten.transcript import parse
 from ..benchmarks import labels
 from ..curves import RunCurves, RunError, metrics_files, read_curves, read_lines
 from ..predictions import read_sidecar
-from ..score import answer_of, grade, load, totals, wilson
+from ..score import answer_of, grade_all, load, totals
+from ..stats import wilson
 
 MODES = ("interleaved", "grounded", "plain")  # the order of the sets of a run
 AUDIO_KEYS = ("audio", "audio_path", "audio_id")  # of AudioQA, MMAR, MMAU
@@ -276,7 +277,7 @@ def _audio(row: Mapping[str, Any], root: Path | None) -> tuple[Path | None, str 
     if not isinstance(name, str):
         return None, "the log does not say which audio it was"
     if Path(name).is_absolute():
-        return (Path(name), None) if Path(name).is_file() else (None, f"{name} is not there")
+        root = Path("/")
     if root is None:
         return None, f"{name}: give --audio-root, the folder that it starts from"
     try:
@@ -289,8 +290,9 @@ def _prediction_set(file: Path, name: str, limit: int, audio_root: Path | None, 
     sidecar = read_sidecar(file)
     root = audio_root or (Path(sidecar["audio_root"]) if sidecar and sidecar.get("audio_root") else None)
     predicted = load(file)
-    graded = [grade(row) for row in predicted.rows]
+    graded = grade_all(predicted)
     summary = totals(predicted, graded)
+    broken_down = {**summary["by"], "clips heard again": summary["by_clips"]}
     rows = []
     for index in _chosen([each.id for each in graded], limit, wanted):
         row, verdict = predicted.rows[index], graded[index]
@@ -324,7 +326,7 @@ def _prediction_set(file: Path, name: str, limit: int, audio_root: Path | None, 
         rows,
         summary["total"],
         _tally("all", summary),
-        {by: [_tally(label, group) for label, group in groups.items()] for by, groups in summary["by"].items()},
+        {by: [_tally(label, group) for label, group in groups.items()] for by, groups in broken_down.items()},
         summary["segments"]["named"],
         summary["segments"]["inserted"],
         {REFUSALS.get(reason, reason): count for reason, count in summary["segments"]["refused"].items()},
@@ -420,17 +422,17 @@ def _trajectory_row(log: Mapping[str, Any], row_id: str, occurrence: int, questi
     values = _numbers(components if isinstance(components, Mapping) else log)
     right = values["acc"] > 0 if "acc" in values else None
     failed = log.get("stop_reason") == "error" or values.get("failed", 0) > 0
-    audio, problem = _audio({**known, **log}, questions.audio_root)
+    labelled = {**known, **{key: value for key, value in log.items() if value is not None}}
+    audio, problem = _audio(labelled, questions.audio_root)
     found = {name.removeprefix("reward_"): value for name, value in values.items() if name.startswith("reward_")}
     score = _numbers(log).get("score")
-    labelled = {**known, **log}
     meta = known.get("meta")
     names = [*(meta if isinstance(meta, Mapping) else {}), *(["data_source"] if log.get("data_source") else [])]
     return Row(
         key=f"{log['step']}/{row_id}/{occurrence}",
         id=row_id,
-        question=_text(log.get("question") or known.get("question") or log.get("input")),
-        choices=[_text(choice) for choice in log.get("choices") or known.get("choices") or []],
+        question=_text(labelled.get("question", log.get("input"))),
+        choices=[_text(choice) for choice in labelled.get("choices") or []],
         answer=_text(log.get("ground_truth", log.get("gts"))),
         prediction=transcript.answer or "",
         verdict=_verdict(right, bool(transcript.answer), failed),
@@ -438,7 +440,7 @@ def _trajectory_row(log: Mapping[str, Any], row_id: str, occurrence: int, questi
         parts=split(text, segments),
         segments=segments,
         terms={**found, **({} if score is None else {"score": score})},
-        notes=_notes(log),
+        notes=_notes(log) | {f"{term} is 0": _text(why) for term, why in (log.get("problems") or {}).items()},
         labels={"step": [str(log["step"])], **{name: labels(labelled, name) for name in names}},
         events=_events(labelled),
         duration=_numbers(labelled).get("duration"),
