@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     PreTrainedModel,
     Qwen2_5OmniConfig,
     Qwen3OmniMoeConfig,
@@ -28,16 +29,23 @@ from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3
 from ..audio import pad_to_longest
 from ..model import FAMILIES
 
+BANNED_LOGIT = -100.0  # the rollout's own bias: a probability of 0 in float32. With -inf the entropy would be NaN
+
 
 class ThinkerOnly(PreTrainedModel):
     """A full Omni checkpoint as verl trains it: the thinker alone, under the checkpoint's own names (`thinker.*`).
 
     Talker and vocoder are never built; script/merge.sh takes them from the base model. Both towers are frozen, as in
     the paper (stage 1 and 2), before FSDP wraps the model and the optimiser sees it.
+
+    Tokens that the rollout may not sample have no probability here either: the agent loop biases placeholders out, and
+    verl masks the ids past the tokenizer's end (vllm_rollout/utils.py, monkey_patch_compute_logits). Left in, they
+    would take their share of every log-prob of the actor and of none of the engine's.
     """
 
     thinker_class: type[PreTrainedModel]
     decoder_layer: str
+    banned_ids: tuple[int, ...] = ()
     _keys_to_ignore_on_load_unexpected = [r"^talker\.", r"^token2wav\.", r"^code2wav\."]  # noqa: RUF012 - transformers'
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -52,14 +60,20 @@ class ThinkerOnly(PreTrainedModel):
         self._no_split_modules = [self.decoder_layer]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        model = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model.thinker.audio_tower.requires_grad_(False)
         model.thinker.visual.requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path)
+        past_the_end = range(len(tokenizer), model.config.text_config.vocab_size)
+        model.banned_ids = (*FAMILIES[model.config.model_type].banned_ids(tokenizer), *past_the_end)
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.thinker(*args, **kwargs)
+        output = self.thinker(*args, **kwargs)
+        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=output.logits.device)
+        output.logits.index_fill_(-1, banned, BANNED_LOGIT)  # in place: there are gigabytes of logits
+        return output
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.thinker.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""The actor that verl trains: frozen towers, and packed rows that do not see each other."""
+"""The model that verl trains, by itself: test_exactness.py has it in verl's hands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.model import extract_multi_modal_inputs, get_hf_auto_model_class
 from verl.utils.tokenizer import hf_processor
-from verl.utils.torch_functional import logprobs_from_logits
+from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 from verl.workers.rollout.utils import get_max_position_embeddings
 
 from echo_plugins.model import QWEN2_5_OMNI
@@ -52,26 +52,6 @@ def packed_logprobs(model: Any, rows: Sequence[Row]) -> list[torch.Tensor]:
     labels = torch.cat([row.ids for row in rows])
     values = logprobs_from_logits(packed_logits(model, rows), torch.roll(labels, -1))
     return [part[:-1] for part in values.split([len(row.ids) for row in rows])]
-
-
-def test_packed_rows_with_clips_have_the_log_probs_that_each_has_alone(model: Any, rows: list[Row]) -> None:
-    """use_remove_padding packs rows into one sequence without a mask: only 4-row positions keep them apart."""
-    with torch.no_grad():
-        for row, together in zip(rows, packed_logprobs(model, rows), strict=True):
-            torch.testing.assert_close(together, packed_logprobs(model, [row])[0], atol=2e-5, rtol=0)
-
-
-def test_padded_rows_agree_with_packed_ones(model: Any, rows: list[Row]) -> None:
-    width = max(len(row.ids) for row in rows)
-    ids = torch.stack([torch.nn.functional.pad(row.ids, (0, width - len(row.ids))) for row in rows])
-    positions = torch.stack([torch.nn.functional.pad(row.positions, (0, width - len(row.ids))) for row in rows], dim=1)
-    mask = torch.stack([(torch.arange(width) < len(row.ids)).long() for row in rows])
-    inputs = extract_multi_modal_inputs([row.inputs for row in rows])
-    with torch.no_grad():
-        logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, **inputs).logits
-        padded = logprobs_from_logits(logits, torch.roll(ids, -1, dims=1))
-        for row, values, packed in zip(rows, padded, packed_logprobs(model, rows), strict=True):
-            torch.testing.assert_close(values[: len(row.ids) - 1], packed, atol=2e-5, rtol=0)
 
 
 def test_one_row_positions_let_packed_rows_see_each_other(model: Any, rows: list[Row]) -> None:
@@ -117,6 +97,21 @@ def test_only_sampled_tokens_carry_gradient_and_none_reaches_the_audio_tower(mod
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(value is None for name, value in gradients.items() if ".audio_tower." in name or ".visual." in name)
     assert all(value is not None for name, value in gradients.items() if ".model.layers." in name)
+    model.zero_grad(set_to_none=True)
+
+
+def test_what_the_rollout_may_not_sample_has_no_probability_and_no_gradient(
+    model: Any, processor: Any, rows: list[Row]
+) -> None:
+    logits = packed_logits(model, rows[:1])
+    num_tokens = len(processor.tokenizer)
+    assert num_tokens < logits.shape[-1], "the ids past the tokenizer's end are part of this"
+    banned = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    banned[[*QWEN2_5_OMNI.banned_ids(processor.tokenizer), *range(num_tokens, len(banned))]] = True
+    assert torch.equal(logits.softmax(-1).amax(0) == 0.0, banned)
+    entropy_from_logits(logits).sum().backward()
+    gradient = model.thinker.lm_head.weight.grad
+    assert torch.equal(gradient.abs().sum(-1) == 0.0, banned) and bool(gradient.isfinite().all())
     model.zero_grad(set_to_none=True)
 
 
