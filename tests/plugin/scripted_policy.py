@@ -5,6 +5,9 @@
 
 A prompt that holds the words `script first` is answered with that script, then with eos. All other prompts are the
 model's own business. What was sampled in earlier turns is found in the prompt, so nothing is kept between turns.
+
+Only the choice of the token is scripted. Its log-probability is the model's own, as if it had been sampled.
+Ids past the tokenizer's end are masked as in verl's workers (vllm_rollout/utils.py, monkey_patch_compute_logits).
 """
 
 import contextlib
@@ -12,10 +15,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+from vllm.v1.sample.sampler import Sampler
 
 VARIABLE = "ECHO_TEST_SCRIPTS"
 ASSISTANT = "<|im_start|>assistant\n"
@@ -34,6 +38,7 @@ def scripts_in_force(folder: Path, tokenizer: Any, scripts: Mapping[str, list[in
         "bos": tokenizer.convert_tokens_to_ids("<|audio_bos|>"),
         "eos": tokenizer.convert_tokens_to_ids("<|audio_eos|>"),
         "end": tokenizer.eos_token_id,
+        "num_tokens": len(tokenizer),
         "scripts": [[encode(f" script {name}"), ids] for name, ids in scripts.items()],
     }
     file.write_text(json.dumps(content))
@@ -56,6 +61,8 @@ def find(needle: list[int], ids: list[int], last: bool = False) -> int:
 class ScriptedPolicy(AdapterLogitsProcessor):
     """See the module."""
 
+    wanted: ClassVar[dict[int, int]] = {}  # row of the engine's step -> the token that its script says next
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.content = json.loads(Path(os.environ[VARIABLE]).read_text())
@@ -64,17 +71,21 @@ class ScriptedPolicy(AdapterLogitsProcessor):
         return False
 
     def new_req_logits_processor(self, params: Any) -> Any:
-        return self.force
+        return self.look_up
 
-    def force(self, prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        logits[:, self.content["num_tokens"] :] = -torch.inf
+        ScriptedPolicy.wanted = {}
+        for row, look_up in self.req_info.items():
+            look_up(row)
+        return logits
+
+    def look_up(self, prompt_ids: list[int], output_ids: list[int], row: int) -> None:
         for name, script in self.content["scripts"]:
             if find(name, prompt_ids) >= 0:
                 said = self.said(prompt_ids) + len(output_ids)
-                wanted = script[said] if said < len(script) else self.content["end"]
-                forced = torch.full_like(logits, -1e4)
-                forced[wanted] = 0.0
-                return forced
-        return logits
+                ScriptedPolicy.wanted[row] = script[said] if said < len(script) else self.content["end"]
+                return
 
     def said(self, prompt_ids: list[int]) -> int:
         """Tokens of the response in the prompt, without what was inserted."""
@@ -86,3 +97,16 @@ class ScriptedPolicy(AdapterLogitsProcessor):
             count += not inside
             inside = inside and token != self.content["eos"]
         return count
+
+
+_sample = Sampler.sample
+
+
+def sample(self: Sampler, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    sampled, logprobs = _sample(self, *args, **kwargs)
+    for row, token in ScriptedPolicy.wanted.items():
+        sampled[row] = token
+    return sampled, logprobs
+
+
+Sampler.sample = sample  # type: ignore[method-assign] - in the engine's process, which imports this module

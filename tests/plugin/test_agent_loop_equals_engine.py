@@ -4,27 +4,16 @@ through eval's engine, on one real vLLM. verl's own server code stands between i
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
 from verl.utils.tokenizer import hf_processor
+from verl_rollout import MAX_RESPONSE_TOKENS, messages_of, roll_out
 
-import echo_plugins.for_verl.agent_loop as agent_loop
-import echo_plugins.for_verl.cpu_platform
-import echo_plugins.for_verl.dataset as dataset
-import echo_plugins.for_verl.omni  # noqa: F401 - verl's processor for Omni
-import echo_plugins.for_verl.vllm_features  # noqa: F401 - as in verl's own server
 from echo_plugins.audio import load, resolve_path
-from echo_plugins.relisten.prompt import question_text
 from echo_plugins.relisten.trajectory import Trajectory, expand_placeholders
 from eval.engine import Question, Sampling
-
-MAX_RESPONSE_TOKENS = 400
-MAX_MODEL_LEN = 4096
 
 
 class Recorded:
@@ -48,36 +37,6 @@ class Recorded:
         return [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in self.outputs]
 
 
-def verl_server(llm: Any, processor: Any) -> Any:
-    """verl's server around a vLLM that runs already: what its `generate` reads, and no HTTP, Ray or workers."""
-    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
-
-    server = object.__new__(vLLMHttpServer)
-    members = {
-        "engine": llm,
-        "config": OmegaConf.create(
-            {
-                "max_model_len": MAX_MODEL_LEN,
-                "response_length": MAX_RESPONSE_TOKENS,
-                "prompt_length": 1024,
-                "full_determinism": False,
-                "enable_rollout_routing_replay": False,
-                "mtp": None,
-            }
-        ),
-        "model_config": SimpleNamespace(processor=processor, lora_rank=0, lora={}),
-        "replica_rank": 0,
-        "global_steps": 1,
-        "_disaggregation_role": "null",
-        "_pd_decode_peers": [],
-        "_submission_paused": False,
-        "_rejecting": False,
-        "_admitting": 0,
-    }
-    vars(server).update(members)
-    return server
-
-
 @pytest.fixture(scope="module")
 def processor(tiny_model: Path) -> Any:
     return hf_processor(str(tiny_model))
@@ -85,35 +44,9 @@ def processor(tiny_model: Path) -> Any:
 
 def through_verl(session: Any, model: Path, processor: Any, question: Question, straddle: str) -> tuple[Any, Recorded]:
     llm = Recorded(session.engine.llm)
-    config = OmegaConf.create(
-        {
-            "actor_rollout_ref": {
-                "model": {"path": str(model)},
-                "rollout": {"prompt_length": 1024, "response_length": MAX_RESPONSE_TOKENS},
-            },
-            "data": {},
-            "echo": {"straddle": straddle},
-        }
-    )
-    text = question_text(question.question, question.choices, "interleaved")
-    audio = str(resolve_path(question.audio_root, question.audio))
-    messages = [{"role": "user", "content": [{"type": "audio", "audio": audio}, {"type": "text", "text": text}]}]
-
-    server = verl_server(llm, processor)
-
-    async def roll_out() -> AgentLoopOutput:
-        loop = agent_loop.RelistenAgentLoop(
-            trainer_config=DictConfigWrap(config),
-            server_manager=server,
-            tokenizer=processor.tokenizer,
-            processor=processor,
-            dataset_cls=dataset.RelistenDataset,
-            data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen2_5_omni",
-        )
-        return await loop.run({"temperature": 1.0, "logprobs": True}, raw_prompt=messages, index=0, global_steps=1)
-
-    return session.run(roll_out()), llm
+    messages = messages_of(question.question, question.choices, str(resolve_path(question.audio_root, question.audio)))
+    sampling = {"temperature": 1.0, "logprobs": True}
+    return session.run(roll_out(llm, model, processor, messages, sampling, straddle=straddle)), llm
 
 
 def through_eval(
