@@ -7,15 +7,30 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'EOF'
-usage: bash script/setup.sh cpu|gpu
+usage: bash script/setup.sh cpu|gpu|browser
 
 Makes .venv (Python 3.11 or 3.12) from requirements/cpu.lock or gpu.lock, installs this project into it, and ends in
 script/doctor.py. pip's own settings (index, extra indexes, find-links, certificate) are followed.
+browser looks for Chromium, in which the listening report is tested, and installs Debian's where root has apt-get.
 
   BASE_PYTHON=PATH      the Python to build on; otherwise the first of python3.11, python3.12, python3 that fits
   FORCE=1               install again although the lock has not changed
   TORCH_INDEX_URL=URL   take the CPU builds of torch from this package index: 4 GB less on the disk (cpu only)
 EOF
+}
+
+find_browser() { command -v chromium || command -v chromium-browser || command -v google-chrome; }
+
+set_up_browser() {
+  if find_browser > /dev/null; then
+    note "setup: $(find_browser)"
+  elif [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null; then
+    note "setup: Chromium, from Debian's packages"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null
+  else
+    note "setup: no Chromium (Debian, Ubuntu: apt-get install chromium). The report's browser tests are skipped."
+  fi
 }
 
 UV_VERSION=0.13.9
@@ -26,6 +41,7 @@ UNFINISHED="$VENV/echo-setup-unfinished"
 case "${1:-}" in
   cpu) need_gib=10 ;;
   gpu) need_gib=20 ;;
+  browser) set_up_browser; exit 0 ;;
   -h | --help) usage; exit 0 ;;
   *) usage >&2; exit 2 ;;
 esac

@@ -43,6 +43,7 @@ for layer in "${layers[@]}"; do
   case "$layer" in
     lint) lint ;;
     plugin)
+      bash script/setup.sh browser
       # Two processes: ms-swift and verl both change transformers as they are imported, and no stage has both.
       mapfile -t files < <(printf '%s\n' tests/plugin/test_*.py | grep -v '/test_swift[^/]*$')
       check "${files[@]}" "$@"
