@@ -6,7 +6,9 @@
 #
 # MODEL         model directory to start from; also the reference of the KL term
 # TRAIN_FILE, VAL_FILE   Parquet files of converters.rl_parquet
-# OUTPUT_DIR    checkpoints (global_step_N), metrics.jsonl, trajectories/STEP.jsonl, train.log
+# OUTPUT_DIR    checkpoints (global_step_N), metrics.jsonl, train.log, trajectories/STEP.jsonl and validation/STEP.jsonl
+# REWARD_PRESET a preset of echo_plugins/rewards/presets, or a .yaml file
+# RL_LOGGERS    verl's trackers beside console and file: tensorboard, wandb (offline unless WANDB_MODE says otherwise), ...
 # DEVICE        cuda or cpu; NUM_GPUS and NUM_NODES say how many (on a CPU, RL_WORKERS processes). With RAY_ADDRESS set
 #               the run joins that cluster; otherwise it starts a Ray of its own and takes it along when it ends.
 # Every other variable is a number below. OVERRIDE words and those in RL_ARGS are Hydra overrides of verl and come last.
@@ -43,19 +45,33 @@ OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
 : "${RL_OFFLOAD:=False}"         # parameters and optimiser to host memory between uses
 : "${RL_AGENT_WORKERS:=8}" "${RL_REWARD_WORKERS:=8}"
 # Checkpoints and logs.
-: "${RL_SAVE_FREQ:=50}" "${RL_TEST_FREQ:=50}" "${RL_KEEP_CHECKPOINTS:=2}" "${RL_LOGGER:=console,file}"
+: "${RL_SAVE_FREQ:=50}" "${RL_TEST_FREQ:=50}" "${RL_KEEP_CHECKPOINTS:=2}"
+: "${RL_LOGGERS:=}"              # more trackers, separated by commas or blanks
+: "${RL_LOG_ROWS:=0}"            # trajectories of a step that are logged, 0 for all; of the same questions each time
+: "${RL_LOG_MEGABYTES:=64}"      # no trajectory file grows beyond
+: "${RL_LOG_IDS:=False}"         # True: the token ids too
 : "${RL_ARGS:=}"
 
 require "$MODEL" "Run script/stage1_ground_reason.sh first, or point MODEL at a model directory."
 require "$TRAIN_FILE" "Make it with python -m converters.rl_parquet."
 require "$VAL_FILE" "Make it with python -m converters.rl_parquet."
 
+case "$REWARD_PRESET" in
+  *.yaml | *.yml) REWARD_PRESET="$(realpath -m "$REWARD_PRESET")" ;;  # verl's processes may run in another folder
+esac
+read -ra loggers <<< "${RL_LOGGERS//,/ }"
+LOGGERS="$(IFS=,; echo "console,file${loggers[*]:+,${loggers[*]}}")"
+
 # A path as a Hydra string: without quotes a blank, a comma or a bracket in it would mean something.
 hydra_string() { printf "'%s'" "${1//\'/\\\'}"; }
 
+logs=(
+  VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" TENSORBOARD_DIR="$OUTPUT_DIR/tensorboard"
+  WANDB_DIR="$OUTPUT_DIR" WANDB_MODE="${WANDB_MODE:-offline}"  # nothing leaves the machine unasked
+)
 environment=(
+  "${logs[@]}"
   VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl  # unlike the entry point, an error in the plug-in ends the run
-  VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl"
   PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 )
@@ -117,9 +133,10 @@ trainer=(
   trainer.save_freq="$RL_SAVE_FREQ" trainer.test_freq="$RL_TEST_FREQ"
   trainer.val_before_train="$([[ "$RL_TEST_FREQ" -gt 0 ]] && echo True || echo False)"
   trainer.max_actor_ckpt_to_keep="$RL_KEEP_CHECKPOINTS" trainer.resume_mode=auto
-  trainer.default_local_dir="$(hydra_string "$OUTPUT_DIR")" "trainer.logger=[$RL_LOGGER]"
+  trainer.default_local_dir="$(hydra_string "$OUTPUT_DIR")" "trainer.logger=[$LOGGERS]"
   trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"
   trainer.validation_data_dir="$(hydra_string "$OUTPUT_DIR/validation")"
+  +echo_log.rows="$RL_LOG_ROWS" +echo_log.megabytes="$RL_LOG_MEGABYTES" +echo_log.ids="$RL_LOG_IDS"
   hydra.run.dir="$(hydra_string "$OUTPUT_DIR/hydra")"
 )
 # What other nodes of a cluster do not take over from this shell.
@@ -127,6 +144,9 @@ ray=(
   +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl
   +ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH="$(hydra_string "$ROOT${PYTHONPATH:+:$PYTHONPATH}")"
 )
+for variable in "${logs[@]}"; do
+  ray+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}=$(hydra_string "${variable#*=}")")
+done
 
 if [[ "$DEVICE" == cpu ]]; then
   # fp32 and no sleeping engine: what a GPU saves memory with needs a GPU. The rest of the block says "CPU" to each of
@@ -185,6 +205,9 @@ if [[ "$DRY_RUN" == 1 ]]; then
   exit
 fi
 
+# A preset that is not right is known in a second, and not only when the models are loaded.
+env PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m echo_plugins.rewards.explain --preset "$REWARD_PRESET" >&2 ||
+  die "REWARD_PRESET=$REWARD_PRESET cannot be used."
 mkdir -p "$OUTPUT_DIR"
 exec 9> "$OUTPUT_DIR/.lock"
 flock --wait 60 9 || die "another run still writes $OUTPUT_DIR: wait for it, or end it (fuser $OUTPUT_DIR/.lock names it)."

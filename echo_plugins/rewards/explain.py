@@ -191,7 +191,7 @@ def contents(name: str, preset: Preset) -> Table:
 
 
 def spread(rows: Sequence[Recorded], scored: Sequence[Scored]) -> str:
-    """How many rows, and in how many groups GRPO would learn: one in which all rollouts score the same teaches nothing."""
+    """How many rows, and in how many groups scores differ: where all rollouts score the same, GRPO learns nothing."""
     groups: dict[tuple[Any, str], list[float]] = defaultdict(list)
     for row, one in zip(rows, scored, strict=True):
         groups[row.group].append(one.score)

@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from echo_plugins.for_verl.trainer import LogSettings
+
 STAGE = Path(__file__).resolve().parents[2] / "script" / "stage2_multiturn_rl.sh"
 GIVEN = {"MODEL": "model", "TRAIN_FILE": "train.parquet", "VAL_FILE": "val.parquet", "OUTPUT_DIR": "out"}
 
 
 def stage(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RL_", "RAY_", "VERL_"))}
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RL_", "RAY_", "VERL_", "WANDB_"))
+    }
     values = {**clean, "PYTHON": sys.executable, "DRY_RUN": "1", **environment}
     return subprocess.run(["bash", str(STAGE), *words], capture_output=True, text=True, env=values, check=False)
 
@@ -78,6 +82,42 @@ def test_words_at_the_end_and_rl_args_have_the_last_say() -> None:
 def test_steps_decide_when_they_are_given() -> None:
     config = configuration(RL_STEPS="12")
     assert config.trainer.total_training_steps == 12 and config.trainer.total_epochs >= 12
+
+
+def test_verls_trackers_are_passed_through_beside_console_and_file(tmp_path: Path) -> None:
+    assert list(configuration().trainer.logger) == ["console", "file"]
+    for given in ("tensorboard,wandb", "tensorboard wandb", " tensorboard, wandb "):
+        assert list(configuration(RL_LOGGERS=given).trainer.logger) == ["console", "file", "tensorboard", "wandb"]
+    sent = dict(configuration(OUTPUT_DIR=str(tmp_path)).ray_kwargs.ray_init.runtime_env.env_vars)
+    assert sent["VERL_FILE_LOGGER_PATH"] == str(tmp_path / "metrics.jsonl")
+    assert (sent["TENSORBOARD_DIR"], sent["WANDB_DIR"]) == (str(tmp_path / "tensorboard"), str(tmp_path))
+    assert sent["WANDB_MODE"] == "offline"
+    assert configuration(WANDB_MODE="online").ray_kwargs.ray_init.runtime_env.env_vars.WANDB_MODE == "online"
+
+
+def test_the_trajectory_log_has_its_settings(tmp_path: Path) -> None:
+    assert LogSettings.from_config(configuration()) == LogSettings()
+    given = configuration(RL_LOG_ROWS="32", RL_LOG_MEGABYTES="0.5", RL_LOG_IDS="True")
+    assert LogSettings.from_config(given) == LogSettings(32, 0.5, True)
+    config = configuration(OUTPUT_DIR=str(tmp_path))
+    assert config.trainer.rollout_data_dir == str(tmp_path / "trajectories")
+    assert config.trainer.validation_data_dir == str(tmp_path / "validation")
+
+
+def test_a_preset_is_named_or_a_file_from_wherever_the_run_is_started() -> None:
+    assert configuration(REWARD_PRESET="quota-2").reward.reward_kwargs.preset == "quota-2"
+    here = configuration(REWARD_PRESET="my rewards/short.yaml").reward.reward_kwargs.preset
+    assert here == str(Path.cwd() / "my rewards" / "short.yaml")
+
+
+def test_a_wrong_preset_ends_the_stage_before_its_slow_start(tmp_path: Path) -> None:
+    given = {name: str(tmp_path / name.lower()) for name in GIVEN}
+    for name in ("MODEL", "TRAIN_FILE", "VAL_FILE"):
+        Path(given[name]).touch()
+    (tmp_path / "mine.yaml").write_text("terms: {accuracy: much}\n")
+    done = stage(**{**given, "DRY_RUN": "0", "REWARD_PRESET": str(tmp_path / "mine.yaml")})
+    assert done.returncode == 1 and "weight of accuracy is 'much'" in " ".join(done.stderr.replace("│", "").split())
+    assert "mine.yaml cannot be used" in done.stderr and not Path(given["OUTPUT_DIR"]).exists()
 
 
 def test_a_run_starts_its_own_ray_unless_it_is_sent_to_a_cluster() -> None:
