@@ -1,0 +1,353 @@
+"""The filters: each a function with its threshold in filters.yaml and its count in the report.
+
+A filter of a row returns what is wrong with it, None where nothing is. Those of THINK_FILTERS judge the chain of
+thought: where one objects, the row goes on without it, to RL. Those of QUESTION_FILTERS judge the question: where one
+objects, the row is out. What concerns the whole set, duplicates, contamination and bias, stands below them.
+
+Tags are read by `relisten.segment`, responses by `relisten.transcript`, as the reward reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
+from scipy.special import chdtrc
+
+from converters.audio_qa import RowError, read_rows
+from converters.synthesis.config import Benchmark, ConfigError, Limits, NearDuplicate
+from converters.synthesis.sample import Sample, seed_of
+from echo_plugins.audio import AudioError, AudioSource, load, resolve_path
+from echo_plugins.relisten.segment import CLOSE_TAG, Refusal, Segment, find_tags, overlap_ratio, union_seconds
+from echo_plugins.relisten.transcript import parse
+
+RowFilter = Callable[[Sample, Limits], str | None]
+
+_WORD = re.compile(r"[^\W_]+")
+_ROUNDING = 1e-9  # 1.2 - 1.0 is 0.19999999999999996
+
+
+def segments_of(think: str) -> list[Segment]:
+    """The segments that are well formed, as they were written."""
+    return [tag.meaning for tag in find_tags(think) if isinstance(tag.meaning, Segment)]
+
+
+def words_of(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+# ---- the chain of thought
+
+
+def segment_validity(sample: Sample, limits: Limits) -> str | None:
+    """Every tag is well formed, inside the clip and long enough to be heard again."""
+    think = sample.think or ""
+    for tag in find_tags(think):
+        shown = think[tag.start : tag.end][:80]
+        if isinstance(tag.meaning, Refusal):
+            return f"{tag.meaning} tag {shown}"
+        if tag.meaning.end_seconds > sample.duration + limits.end_tolerance_seconds:
+            return f"{shown} in a clip of {sample.duration:g} s"
+        heard = min(tag.meaning.end_seconds, sample.duration) - tag.meaning.start_seconds
+        if heard < limits.min_segment_seconds - _ROUNDING:
+            return f"{shown} is shorter than {limits.min_segment_seconds:g} s"
+    return None
+
+
+def segment_count(sample: Sample, limits: Limits) -> str | None:
+    """As many tags as are asked for; none is needed where every label spans the whole clip."""
+    count = len(segments_of(sample.think or ""))
+    least = limits.min_segments if tags_needed(sample) else 0
+    return (
+        None if least <= count <= limits.max_segments else f"{count} tags; {least} to {limits.max_segments} are allowed"
+    )
+
+
+def tags_needed(sample: Sample) -> bool:
+    """Whether a part of the clip can be told apart at all."""
+    return not sample.events or any(e["end"] - e["start"] < sample.duration - 0.1 for e in sample.events)
+
+
+def segment_overlap(sample: Sample, limits: Limits) -> str | None:
+    """The tags do not name the same seconds again and again."""
+    ratio = overlap_ratio(segments_of(sample.think or ""))
+    return None if ratio <= limits.max_overlap + _ROUNDING else f"{ratio:.2f} of the segments' seconds are repeated"
+
+
+def clip_share(sample: Sample, limits: Limits) -> str | None:
+    """The tags pick parts of the clip; where the whole clip is labelled through, they may name it all."""
+    share = union_seconds(segments_of(sample.think or "")) / sample.duration
+    allowed = limits.max_clip_share if tags_needed(sample) else 1.0 + limits.end_tolerance_seconds
+    return None if share <= allowed + _ROUNDING else f"the segments cover {share:.2f} of the clip"
+
+
+def event_coverage(sample: Sample, limits: Limits) -> str | None:
+    """The tags point at what is labelled; judged only where the clip has labelled times."""
+    segments = segments_of(sample.think or "")
+    if not segments or not sample.events:
+        return None
+    labelled = [Segment(e["start"], e["end"]) for e in sample.events]
+    named, both = union_seconds(segments), union_seconds([*segments, *labelled])
+    inside = (named + union_seconds(labelled) - both) / named
+    return None if inside >= limits.min_event_coverage - _ROUNDING else f"{inside:.2f} of the segments lies in events"
+
+
+def think_format(sample: Sample, limits: Limits) -> str | None:
+    """One think and one answer block, and after a tag the sentence goes on (the reward's consistency term)."""
+    think = sample.think or ""
+    transcript = parse(f"<think>{think}</think><answer>{sample.answer}</answer>")
+    if not transcript.well_formed:
+        return "it holds a think or answer block of its own"
+    for piece in think.split(CLOSE_TAG)[1:]:
+        after = piece.lstrip()[:1]
+        if after == "<" or (after.isalpha() and after.isupper()):
+            return f"a tag is followed by {piece.lstrip()[:12]!r}, not by what is heard in it"
+    return None
+
+
+def think_length(sample: Sample, limits: Limits) -> str | None:
+    """Neither a bare answer nor a rumination."""
+    count = len((sample.think or "").split())
+    if limits.min_think_words <= count <= limits.max_think_words:
+        return None
+    return f"{count} words; {limits.min_think_words} to {limits.max_think_words} are allowed"
+
+
+# ---- the question
+
+
+def row_format(sample: Sample, limits: Limits) -> str | None:
+    """What no exporter would take: empty or reserved text, choices that read the same."""
+    try:
+        sample.model_copy(update={"think": None, "answer": sample.choices[0] if sample.choices else None}).to_record()
+    except RowError as error:
+        return str(error)
+    return None
+
+
+def number_of_choices(sample: Sample, limits: Limits) -> str | None:
+    count = len(sample.choices)
+    return None if count == limits.num_choices else f"{count} choices; {limits.num_choices} are asked for"
+
+
+def answer_among_choices(sample: Sample, limits: Limits) -> str | None:
+    return None if sample.answer in sample.choices else f"answer {sample.answer!r} is not among {sample.choices}"[:300]
+
+
+def answer_length(sample: Sample, limits: Limits) -> str | None:
+    """The answer does not stand out by its length."""
+    others = [len(choice) for choice in sample.choices if choice != sample.answer]
+    if not others or not sample.answer:
+        return None
+    ratio = len(sample.answer) / (sum(others) / len(others))
+    if max(ratio, 1 / ratio) <= limits.max_length_ratio or abs(len(sample.answer) - sum(others) / len(others)) < 8:
+        return None
+    return f"the answer is {ratio:.1f} times as long as the other choices"
+
+
+def audio_contribution(sample: Sample, limits: Limits) -> str | None:
+    """It cannot be answered from silence. Judged where the `silence` stage asked."""
+    if sample.silence_accuracy is None or sample.silence_accuracy < limits.max_silence_accuracy:
+        return None
+    return f"answered from silence in {sample.silence_accuracy:.0%} of the tries"
+
+
+def difficulty(sample: Sample, limits: Limits) -> str | None:
+    """RL learns from what a policy gets right sometimes. Judged where the `difficulty` stage asked."""
+    if sample.pass_rate is None or limits.min_pass_rate <= sample.pass_rate <= limits.max_pass_rate:
+        return None
+    return f"right in {sample.pass_rate:.0%} of the samples"
+
+
+THINK_FILTERS: tuple[RowFilter, ...] = (
+    think_format,
+    think_length,
+    segment_validity,
+    segment_count,
+    segment_overlap,
+    clip_share,
+    event_coverage,
+)
+QUESTION_FILTERS: tuple[RowFilter, ...] = (row_format, number_of_choices, answer_among_choices, answer_length)
+ANSWER_FILTERS: tuple[RowFilter, ...] = (audio_contribution, difficulty)
+
+
+# ---- the set
+
+
+def audio_hash(source: AudioSource) -> str:
+    """The decoded sound at 16 kHz, so that a copy in another container is the same. Raises AudioError."""
+    samples = (load(source) * 32_767).astype(np.int16)
+    return hashlib.sha256(samples.tobytes()).hexdigest()
+
+
+def shuffled(sample: Sample, seed: int) -> Sample:
+    """The choices in an order that only the seed and the id decide: models like to put the answer first."""
+    order = np.random.default_rng(seed_of(seed, "choices", sample.id)).permutation(len(sample.choices))
+    return sample.model_copy(update={"choices": [sample.choices[index] for index in order]})
+
+
+class Duplicates:
+    """`find(sample)` names the earlier row that a row repeats, exactly or nearly. Rows of one sound are compared as one
+    recording's, whatever their files are called."""
+
+    def __init__(self, limits: NearDuplicate) -> None:
+        config = MinhashConfig(
+            n_grams=limits.n_grams,
+            num_buckets=limits.num_buckets,
+            hashes_per_bucket=limits.hashes_per_bucket,
+            hash_config=HashConfig(hash_fc="sha1"),  # its xxhash hands over text, and xxhash 4 takes bytes only
+        )
+        # The signatures of datatrove's MinHash, looked up in memory: a million rows take 14 million short keys.
+        self._signatures = MinhashDedupSignature(".", config, _Words())  # type: ignore[arg-type]
+        self._scope = limits.scope
+        self._exact: dict[tuple[str, ...], str] = {}
+        self._near: dict[tuple[int, bytes], str] = {}
+
+    def find(self, sample: Sample) -> tuple[str, str] | None:
+        """(exact_duplicate or near_duplicate, the earlier row's id), None for a new row, which is remembered."""
+        words = words_of(f"{sample.question} {' '.join(sorted(sample.choices))}")
+        exact = (sample.audio_sha256, *words)
+        if exact in self._exact:
+            return "exact_duplicate", self._exact[exact]
+        keys = list(self._keys(words, "" if self._scope == "all" else sample.recording))
+        twin = next((self._near[key] for key in keys if key in self._near), None)
+        if twin is not None:
+            return "near_duplicate", twin
+        self._exact[exact] = sample.id
+        for key in keys:
+            self._near[key] = sample.id
+        return None
+
+    def _keys(self, words: Sequence[str], scope: str) -> Iterator[tuple[int, bytes]]:
+        shingles = self._signatures.get_shingles(" ".join(words))
+        if not shingles.size:  # shorter than one n-gram: only exact duplicates can be told
+            return
+        for bucket, hashes in enumerate(self._signatures.get_signature(shingles)):
+            yield bucket, hashlib.blake2b(f"{scope}\0{hashes}".encode(), digest_size=8).digest()
+
+
+class _Words(WordTokenizer):
+    """Words between blanks; datatrove's own tokenizers load models."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [(0, len(text))]
+
+
+# Where benchmarks and training sets name the source of a clip (MMAR, MMAU, AVQA, AudioSet).
+_ID_KEYS = ("id", "audio_id", "audio_path", "audio", "youtube_id", "ytid", "video_name")
+_URL_KEYS = ("url", "source_url")
+_TIME_KEYS = ("timestamp", "timestamps", "start_time", "start")
+_YOUTUBE = re.compile(r"(?:v=|youtu\.be/|/shorts/|/embed/|\A)([A-Za-z0-9_-]{11})(?:\Z|[?&#])")
+
+
+class Contamination:
+    """`find(sample)` says which benchmark holds a row's clip or its question.
+
+    By id or file name, url and time stamp, decoded sound, and words of the question (Jaccard).
+    """
+
+    def __init__(self, benchmarks: Sequence[Benchmark], jaccard: float) -> None:
+        self._jaccard = jaccard
+        self._ids: dict[str, str] = {}
+        self._spots: dict[str, dict[str, str]] = defaultdict(dict)  # url -> times -> where; "" is all of it
+        self._sounds: dict[str, str] = {}
+        self._questions: list[tuple[frozenset[str], str]] = []
+        self._by_word: dict[str, list[int]] = defaultdict(list)
+        for benchmark in benchmarks:
+            self._read(benchmark)
+        self._frequency = {word: len(rows) for word, rows in self._by_word.items()}
+
+    def find(self, sample: Sample) -> str | None:
+        """None where no benchmark holds it."""
+        source = {"audio": sample.audio, "id": sample.clip, **sample.meta, "recording": sample.recording}
+        for name in _names(source, (*_ID_KEYS, "recording")):
+            if name in self._ids:
+                return f"{self._ids[name]} has a clip of the name {name!r}"
+        for url, times in _spots(source):
+            for other, where in self._spots.get(url, {}).items():
+                if other == times or not other or not times:
+                    return f"{where} is of {url} {other}".rstrip()
+        if sample.audio_sha256 in self._sounds:
+            return f"{self._sounds[sample.audio_sha256]} has the same sound"
+        return self._question(frozenset(words_of(sample.question or "")))
+
+    def _read(self, benchmark: Benchmark) -> None:
+        name = benchmark.file.stem
+        for line, row in read_rows(benchmark.file, lambda _: None):
+            if not isinstance(row, dict):
+                raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: a row is a JSON object")
+            where = f"{name} ({row.get('id', line)})"
+            meta = row.get("meta")
+            row = {**(meta if isinstance(meta, dict) else {}), **row}
+            for found in _names(row, _ID_KEYS):
+                self._ids.setdefault(found, where)
+            for url, times in _spots(row):
+                self._spots[url].setdefault(times, where)
+            words = frozenset(words_of(str(row.get("question") or "")))
+            if words:
+                for word in words:
+                    self._by_word[word].append(len(self._questions))
+                self._questions.append((words, where))
+            path = row.get("audio") or row.get("audio_path") or row.get("audio_id")
+            if benchmark.audio_root and isinstance(path, str):
+                try:
+                    self._sounds.setdefault(audio_hash(resolve_path(benchmark.audio_root, path)), where)
+                except AudioError as error:
+                    raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: {error}") from error
+
+    def _question(self, words: frozenset[str]) -> str | None:
+        """Two sets this alike share one of the rarest words of either, so few questions need to be compared."""
+        rarest = sorted(words, key=lambda word: (self._frequency.get(word, 0), word))
+        prefix = rarest[: len(words) - math.ceil(self._jaccard * len(words)) + 1]
+        for row in dict.fromkeys(row for word in prefix for row in self._by_word.get(word, ())):
+            other, where = self._questions[row]
+            alike = len(words & other) / len(words | other)
+            if alike >= self._jaccard:
+                return f"{where} asks nearly the same ({alike:.2f} of the words)"
+        return None
+
+
+def _names(row: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:
+    """Ids, and file names without folder and suffix. Plain numbers are nobody's name: every set counts from 1."""
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, str):
+            for name in {value, Path(value).stem}:
+                if len(name) >= 6 and not name.isdigit():
+                    yield name
+
+
+def _spots(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(url or video, its times as text) of the recording that a row is cut from."""
+    times = next((str(row[key]) for key in _TIME_KEYS if row.get(key) is not None), "")
+    times = ",".join(f"{float(time):g}" for time in re.findall(r"[0-9]+(?:\.[0-9]+)?", times))
+    for key in _URL_KEYS:
+        if isinstance(url := row.get(key), str) and url:
+            video = _YOUTUBE.search(url)
+            yield video[1] if video else url, times
+
+
+def even_choice_p(counts: Mapping[int, int], num_choices: int) -> float:
+    """p of a chi-square test that all places (0 to num_choices - 1) are equally likely; 1 without rows."""
+    total = sum(counts.values())
+    if not total or num_choices < 2:
+        return 1.0
+    expected = total / num_choices
+    statistic = sum((counts.get(place, 0) - expected) ** 2 / expected for place in range(num_choices))
+    return float(chdtrc(num_choices - 1, statistic))

@@ -1,0 +1,521 @@
+"""Run the stages of a pipeline on datatrove's executors, so that a kill at any moment costs the requests in flight.
+
+    RUN/config.yaml               the config of the last start
+    RUN/run.json                  its stages, and which folder each writes to
+    RUN/STAGE-HASH/rows/*.jsonl   one file a task, written whole; the hash is of all that decides what stands in it
+    RUN/STAGE-HASH/completions/   datatrove's marker of each finished task; RUN/STAGE-HASH/errors/ why one is not
+    RUN/STAGE-HASH/timing/        how long the requests of a task took, for `plan`
+    RUN/journal/STAGE/            every answer that was paid for, by the hash of its request
+
+A changed prompt, model, seed or threshold makes its stage and those after it run again in folders of their own;
+whatever requests stay the same are answered from the journal. The input is dealt out to tasks by line: with another
+number of `tasks` the journals no longer fit, and everything is asked anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from converters import conversion
+from converters.atomic import StagedFile
+from converters.synthesis.asker import SILENCE, Asker, Unanswered, Unusable, write_silence
+from converters.synthesis.config import Config, ConfigError, Endpoint, ExecutorKind, read_config
+from converters.synthesis.sample import Sample
+from converters.synthesis.templates import Prompts
+from echo_plugins.chat_client import ChatClient, ChatError, Limits
+
+# datatrove would log every task to stderr at length; what goes wrong is told once, by `run`.
+logger.disable("datatrove")
+
+ROOT = Path(__file__).resolve().parents[2]
+_WINDOW_PER_REQUEST = 2  # rows in hand for each request in flight, so that a slow one does not hold up the others
+_HASH_CHARS = 10
+_POLL_SECONDS = 0.5
+
+
+class StageError(RuntimeError):
+    """A stage is not complete; the message says why, and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage's work may look at."""
+
+    config: Config
+    prompts: Prompts
+    folder: Path
+
+
+RowWork = Callable[[Sample, Asker, Context], Awaitable[list[Sample]]]
+SourceWork = Callable[[Context, int, int], Iterator[Sample]]
+SetWork = Callable[[Iterator[Sample], Context], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline: exactly one of `source`, `rows` and `whole`.
+
+    `source(context, rank, tasks)` makes the first rows; `rows` makes rows of a row, most by asking a model; `whole`
+    sees the rows of all tasks at once. `prompts` and `settings` (keys of the config) decide the outcome. A stage that
+    `asks` needs a model in the config; an `optional` one is left out without.
+    """
+
+    name: str
+    source: SourceWork | None = None
+    rows: RowWork | None = None
+    whole: SetWork | None = None
+    prompts: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    asks: bool = False
+    optional: bool = False
+    several_models: bool = False
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage in a run: its folder, and where its rows come from."""
+
+    stage: Stage
+    folder: Path
+    before: Path | None
+    endpoints: tuple[Endpoint, ...]
+    tasks: int
+
+    def rows_file(self, rank: int) -> Path:
+        return rows_file(self.folder, rank)
+
+    @property
+    def finished_tasks(self) -> int:
+        return sum(1 for _ in self.folder.glob("completions/*"))
+
+    @property
+    def finished(self) -> bool:
+        return self.finished_tasks >= self.tasks
+
+
+def rows_file(folder: Path, rank: int) -> Path:
+    return folder / "rows" / f"{rank:05d}.jsonl"
+
+
+def read_samples(file: Path) -> Iterator[Sample]:
+    with file.open("rb") as lines:
+        for line in lines:
+            yield Sample.model_validate_json(line)
+
+
+def place(stages: Sequence[Stage], config: Config, prompts: Prompts) -> list[Placed]:
+    """The stages that this config runs, each in the folder named by what decides its outcome. Raises ConfigError."""
+    unknown = set(config.stages) - {stage.name for stage in stages if stage.asks}
+    if unknown:
+        known = ", ".join(stage.name for stage in stages if stage.asks)
+        raise ConfigError(f"stages: {', '.join(sorted(unknown))}: no such stage asks a model; those that do: {known}")
+    placed: list[Placed] = []
+    identity = _file_hash(config.input)
+    before: Path | None = None
+    for stage in stages:
+        endpoints = tuple(config.stages.get(stage.name, ()))
+        if stage.asks and not endpoints:
+            if stage.optional:
+                continue
+            raise ConfigError(
+                f"stages: {stage.name} asks a model and none is given: {stage.name}: {{url: .., model: ..}}"
+            )
+        if len(endpoints) > 1 and not stage.several_models:
+            raise ConfigError(f"stages: {stage.name} takes one model, {len(endpoints)} are given")
+        decides = {
+            "before": identity,
+            "stage": stage.name,
+            "models": [endpoint.identity() for endpoint in endpoints],
+            "prompts": {name: prompts.version(name) for name in stage.prompts},
+            "settings": {name: _setting(config, name) for name in stage.settings},
+            "seed": config.seed,
+            "tasks": config.tasks,
+        }
+        identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        folder = config.output / f"{stage.name}-{identity[:_HASH_CHARS]}"
+        placed.append(Placed(stage, folder, before, endpoints, 1 if stage.whole else config.tasks))
+        before = folder
+    return placed
+
+
+def _setting(config: Config, name: str) -> Any:
+    """What a setting says, whatever file it says it in."""
+    if name == "filters":
+        return config.limits().model_dump()
+    value = config.model_dump(mode="json")[name]
+    return _file_hash(config.seeds) if name == "seeds" else value
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class StageStep(PipelineStep):
+    """One stage as datatrove runs it: `run` does the task `rank` of `world_size`.
+
+    It holds names and paths only, so that it can be sent to any process: the stage is looked up there.
+    """
+
+    type = "synthesis"
+
+    def __init__(self, module: str, stage: str, config_file: str, workers: int, drop_unanswered: bool) -> None:
+        self.name = stage
+        super().__init__()
+        self._module = module
+        self._stage = stage
+        self._config_file = config_file
+        self._workers = workers
+        self._drop_unanswered = drop_unanswered
+
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
+        """Raises StageError, after as much was done and written down as could be."""
+        config = read_config(Path(self._config_file))
+        prompts = Prompts(config.prompts)
+        stages: Sequence[Stage] = importlib.import_module(self._module).STAGES
+        placed = next(placed for placed in place(stages, config, prompts) if placed.stage.name == self._stage)
+        complaint = placed.folder / "errors" / f"{rank:05d}.txt"
+        complaint.unlink(missing_ok=True)
+        try:
+            self._work(placed, Context(config, prompts, placed.folder), rank, world_size)
+        except (ChatError, ConfigError, StageError, OSError) as error:
+            complaint.parent.mkdir(parents=True, exist_ok=True)
+            complaint.write_text(f"{error}\n", encoding="utf-8")
+            raise StageError(str(error)) from error
+
+    def _work(self, placed: Placed, context: Context, rank: int, tasks: int) -> None:
+        stage = placed.stage
+        if stage.whole is not None:
+            assert placed.before is not None
+            files = [rows_file(placed.before, number) for number in range(context.config.tasks)]
+            stage.whole((sample for file in files for sample in read_samples(file)), context)
+            _publish(placed, context.config.output)
+            return
+        with StagedFile(placed.rows_file(rank)) as staged:
+            with staged.path.open("wb") as out:
+                if stage.source is not None:
+                    for sample in stage.source(context, rank, tasks):
+                        out.write(_line(sample))
+                else:
+                    asyncio.run(self._ask(placed, context, rank, out.write))
+            staged.commit()
+
+    async def _ask(self, placed: Placed, context: Context, rank: int, write: Callable[[bytes], object]) -> None:
+        assert placed.before is not None and placed.stage.rows is not None
+        work = placed.stage.rows
+        unanswered: list[str] = []
+
+        async def one(sample: Sample) -> list[Sample]:
+            if sample.dropped:
+                return [sample]
+            try:
+                return await work(sample, asker, context)
+            except Unusable as error:
+                known = sample.model_copy(update={"provenance": [*sample.provenance, *error.provenance]})
+                return [known.drop(self._stage, str(error.status), error.detail)]
+            except Unanswered as error:
+                unanswered.append(str(error))
+                return [sample.drop(self._stage, "unanswered", str(error))]
+
+        started = time.monotonic()
+        async with _clients(placed, context, rank, self._workers) as clients:
+            silence = context.config.output / SILENCE
+            asker = Asker(
+                self._stage,
+                list(zip(placed.endpoints, clients, strict=True)),
+                context.prompts,
+                context.config.seed,
+                context.config.audio_root,
+                silence,
+            )
+            room = max(1, _WINDOW_PER_REQUEST * sum(client.limits.concurrency for client in clients))
+            try:
+                async for samples in _in_order(one, read_samples(rows_file(placed.before, rank)), room):
+                    for sample in samples:
+                        write(_line(sample))
+            finally:
+                if clients:
+                    _note_time(placed.folder, rank, time.monotonic() - started, self._workers, clients)
+        if unanswered and not self._drop_unanswered:
+            raise StageError(
+                f"{len(unanswered)} rows got no answer ({unanswered[0]}). Give the same command again to ask for them; "
+                "--drop-unanswered goes on without them"
+            )
+
+
+def _line(sample: Sample) -> bytes:
+    return sample.model_dump_json(exclude_defaults=True).encode() + b"\n"
+
+
+async def _in_order(
+    function: Callable[[Sample], Awaitable[list[Sample]]], samples: Iterator[Sample], room: int
+) -> AsyncIterator[list[Sample]]:
+    """`function` of every row, in order, `room` of them in hand at once. The first error ends the others."""
+    pending: deque[asyncio.Future[list[Sample]]] = deque()
+    try:
+        for sample in samples:
+            pending.append(asyncio.ensure_future(function(sample)))
+            if len(pending) >= room:
+                yield await pending.popleft()
+        while pending:
+            yield await pending.popleft()
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _clients(placed: Placed, context: Context, rank: int, workers: int) -> AsyncIterator[list[ChatClient]]:
+    """A client for each model of the stage; the tasks that run at once share an endpoint's limits."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = []
+        for number, endpoint in enumerate(placed.endpoints):
+            rate = endpoint.requests_per_minute
+            limits = Limits(
+                concurrency=max(1, endpoint.concurrency // workers),
+                requests_per_minute=rate / workers if rate else None,
+                timeout_seconds=endpoint.timeout_seconds,
+                max_attempts=endpoint.max_attempts,
+                max_unusable=1,  # the asker tries again with another seed
+                longest_wait_seconds=endpoint.longest_wait_seconds,
+                first_wait_seconds=min(1.0, endpoint.longest_wait_seconds),
+            )
+            journal = context.config.output / "journal" / placed.stage.name / f"{rank:05d}-{number}.jsonl"
+            client = ChatClient(endpoint.url, key_variable=endpoint.key_variable, limits=limits, journal=journal)
+            clients.append(await stack.enter_async_context(client))
+        yield clients
+
+
+def _note_time(folder: Path, rank: int, seconds: float, workers: int, clients: list[ChatClient]) -> None:
+    retries: Counter[str] = sum((client.retries for client in clients), Counter())
+    entry = {
+        "seconds": round(seconds, 3),
+        "workers": workers,
+        "concurrency": sum(client.limits.concurrency for client in clients),
+        "prompt_tokens": sum(client.spent.prompt_tokens for client in clients),
+        "completion_tokens": sum(client.spent.completion_tokens for client in clients),
+        "retries": dict(retries),
+    }
+    file = folder / "timing" / f"{rank:05d}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(entry) + "\n")
+
+
+def run(module: str, config_file: Path, names: Sequence[str], drop_unanswered: bool = False) -> list[Placed]:
+    """Run the named stages of a pipeline, all of them when none is named. Raises ConfigError and StageError."""
+    config = read_config(config_file)
+    prompts = Prompts(config.prompts)
+    placed = place(importlib.import_module(module).STAGES, config, prompts)
+    chosen = choose(placed, names)
+    config.output.mkdir(parents=True, exist_ok=True)
+    frozen = config.output / "config.yaml"
+    _write(frozen, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    stages = [
+        {"stage": p.stage.name, "folder": p.folder.name, "models": [e.model for e in p.endpoints]} for p in placed
+    ]
+    _write(config.output / "run.json", json.dumps({"pipeline": module, "stages": stages}, indent=2) + "\n")
+    with StagedFile(config.output / SILENCE) as staged:
+        write_silence(staged.path, config.silence_seconds)
+        staged.commit()
+    if config.executor.kind is ExecutorKind.SLURM:
+        _submit(module, chosen, config, frozen, drop_unanswered)
+        return chosen
+    for stage in chosen:
+        _run_stage(module, stage, config, frozen, drop_unanswered)
+    return chosen
+
+
+def choose(placed: Sequence[Placed], names: Sequence[str]) -> list[Placed]:
+    """Raises ConfigError for a name that is no stage, and for a stage whose rows are not there yet."""
+    known = [p.stage.name for p in placed]
+    if wrong := [name for name in names if name not in known]:
+        raise ConfigError(f"no stage {', '.join(wrong)} in this config; it has {', '.join(known)}")
+    chosen = [p for p in placed if not names or p.stage.name in names]
+    ready = {p.folder for p in placed if p.finished} | {p.folder for p in chosen}
+    for p in chosen:
+        if p.before is not None and p.before not in ready:
+            raise ConfigError(
+                f"stage {p.stage.name} starts from {p.before.name}, which is not finished: run that first"
+            )
+    return chosen
+
+
+def _write(file: Path, text: str) -> None:
+    with StagedFile(file) as staged:
+        staged.path.write_text(text, encoding="utf-8")
+        staged.commit()
+
+
+def _publish(placed: Placed, output: Path) -> None:
+    """The files of the last stage under names that stay the same: links, so that nothing is there twice."""
+    for file in placed.folder.iterdir():
+        if (
+            file.is_file()
+            and not file.name.startswith(".")
+            and file.name != "executor.json"
+            and file.name != "stats.json"
+        ):
+            link = output / f".{file.name}.link"
+            link.unlink(missing_ok=True)
+            link.symlink_to(file.relative_to(output))
+            link.replace(output / file.name)
+
+
+def _executor(
+    module: str, placed: Placed, config: Config, frozen: Path, drop_unanswered: bool, **more: Any
+) -> PipelineExecutor:
+    workers = min(config.executor.workers, placed.tasks)
+    step = StageStep(module, placed.stage.name, str(frozen), workers, drop_unanswered)
+    options = {"tasks": placed.tasks, "workers": workers, "logging_dir": str(placed.folder), **more}
+    if config.executor.kind is ExecutorKind.RAY:
+        return RayPipelineExecutor([step], **options, **config.executor.options)
+    if config.executor.kind is ExecutorKind.SLURM:
+        return SlurmPipelineExecutor([step], job_name=f"echo-{placed.stage.name}", **options, **config.executor.options)
+    return LocalPipelineExecutor([step], **options, **config.executor.options)
+
+
+def _run_stage(module: str, placed: Placed, config: Config, frozen: Path, drop_unanswered: bool) -> None:
+    if placed.finished:
+        typer.echo(f"{placed.stage.name}: done before, in {placed.folder}", err=True)
+        if placed.stage.whole:
+            _publish(placed, config.output)
+        return
+    if config.executor.kind is ExecutorKind.RAY:
+        _join_ray(config.executor.address)
+    executor = _executor(module, placed, config, frozen, drop_unanswered)
+    with _progress(placed, config):
+        try:
+            executor.run()
+        except StageError as error:
+            raise StageError(f"{placed.stage.name}: {error}") from error
+    if left := executor.get_incomplete_ranks(skip_completed=True):
+        # Ray's executor keeps to itself what its tasks died of.
+        texts = [file.read_text(encoding="utf-8").strip() for file in sorted(placed.folder.glob("errors/*.txt"))]
+        why = texts[0] if texts else f"see {placed.folder}/logs"
+        raise StageError(f"{placed.stage.name}: {len(left)} of {placed.tasks} tasks are not finished: {why}")
+
+
+def _submit(module: str, chosen: list[Placed], config: Config, frozen: Path, drop_unanswered: bool) -> None:
+    """Hand all stages to Slurm, each waiting for the one before it."""
+    depends: PipelineExecutor | None = None
+    for placed in chosen:
+        if not placed.finished:
+            depends = _executor(module, placed, config, frozen, drop_unanswered, depends=depends)
+    if depends is not None:
+        depends.run()
+
+
+def _join_ray(address: str | None) -> None:
+    import ray  # only where it is asked for: the import takes seconds
+
+    if not ray.is_initialized():
+        environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        ray.init(address=address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
+
+
+@contextlib.contextmanager
+def _progress(placed: Placed, config: Config) -> Iterator[None]:
+    """Finished tasks and paid answers, on stderr, only where somebody is looking. The tasks may be anywhere."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        typer.echo(
+            f"{placed.stage.name}: {placed.tasks - placed.finished_tasks} of {placed.tasks} tasks to do", err=True
+        )
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    journal = config.output / "journal" / placed.stage.name
+    over = threading.Event()
+
+    def watch() -> None:
+        read: dict[Path, int] = {}
+        answers = 0
+        while not over.wait(_POLL_SECONDS):
+            for file in journal.glob("*.jsonl"):
+                with file.open("rb") as lines:
+                    lines.seek(read.get(file, 0))
+                    answers += lines.read().count(b"\n")
+                    read[file] = lines.tell()
+            paid = f", {answers} answers" if answers else ""
+            bar.update(task, completed=placed.finished_tasks, description=f"{placed.stage.name}{paid}; tasks")
+
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(placed.stage.name, total=placed.tasks)
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def describe(placed: Sequence[Placed], config: Config, prompts: Prompts) -> str:
+    """What a run would do, stage by stage."""
+    lines = [f"input   {config.input}", f"output  {config.output}", f"tasks   {config.tasks} on {config.executor.kind}"]
+    for p in placed:
+        state = "done" if p.finished else f"{p.tasks - p.finished_tasks} of {p.tasks} tasks to do"
+        lines.append(f"{p.stage.name}: {state}, in {p.folder.name}")
+        lines += [f"    {e.model} at {e.url}, {e.concurrency} at once, {json.dumps(e.sampling)}" for e in p.endpoints]
+        lines += [f"    prompt {name}@{prompts.version(name)}" for name in p.stage.prompts]
+    return "\n".join(lines)
+
+
+def command(module: str, summary: str) -> typer.Typer:
+    """The command line of a pipeline."""
+    app = conversion.new_command()
+
+    @app.command(help=summary)
+    def main(
+        config_file: Annotated[
+            Path, typer.Argument(metavar="CONFIG.yaml", exists=True, dir_okay=False, help="What to run; see config.py.")
+        ],
+        stage: Annotated[
+            list[str], typer.Option(help="Only this stage; can be given several times. Default: all.")
+        ] = [],  # noqa: B006  typer reads the default, nobody changes it
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, with which prompts.")] = False,
+        drop_unanswered: Annotated[
+            bool, typer.Option("--drop-unanswered", help="Go on without the rows that a server gave no answer for.")
+        ] = False,
+    ) -> None:
+        try:
+            if dry_run:
+                config = read_config(config_file)
+                prompts = Prompts(config.prompts)
+                placed = place(importlib.import_module(module).STAGES, config, prompts)
+                typer.echo(describe(choose(placed, stage), config, prompts))
+                return
+            run(module, config_file, stage, drop_unanswered)
+        except ConfigError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except (StageError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return app
