@@ -8,7 +8,7 @@
 # TRAIN_FILE, VAL_FILE   Parquet files of converters.rl_parquet
 # OUTPUT_DIR    checkpoints (global_step_N), metrics.jsonl, train.log, trajectories/STEP.jsonl and validation/STEP.jsonl
 # REWARD_PRESET a preset of echo_plugins/rewards/presets, or a .yaml file
-# RL_LOGGERS    verl's trackers beside console and file: tensorboard, wandb (offline unless WANDB_MODE says otherwise), ...
+# TRACKERS      verl's trackers beside console and file: tensorboard, wandb (offline unless WANDB_MODE says otherwise), ...
 # DEVICE        cuda or cpu; NUM_GPUS and NUM_NODES say how many (on a CPU, RL_WORKERS processes). With RAY_ADDRESS set
 #               the run joins that cluster; otherwise it starts a Ray of its own and takes it along when it ends.
 # Every other variable is a number below. OVERRIDE words and those in RL_ARGS are Hydra overrides of verl and come last.
@@ -44,12 +44,12 @@ OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
 : "${RL_GPU_MEMORY:=0.6}"        # vLLM's share
 : "${RL_OFFLOAD:=False}"         # parameters and optimiser to host memory between uses
 : "${RL_AGENT_WORKERS:=8}" "${RL_REWARD_WORKERS:=8}"
-# Checkpoints and logs.
+# Checkpoints and logs. What is only looked at is not called RL_*: to change it starts no finished stage again.
 : "${RL_SAVE_FREQ:=50}" "${RL_TEST_FREQ:=50}" "${RL_KEEP_CHECKPOINTS:=2}"
-: "${RL_LOGGERS:=}"              # more trackers, separated by commas or blanks
-: "${RL_LOG_ROWS:=0}"            # trajectories of a step that are logged, 0 for all; of the same questions each time
-: "${RL_LOG_MEGABYTES:=64}"      # no trajectory file grows beyond
-: "${RL_LOG_IDS:=False}"         # True: the token ids too
+: "${TRACKERS:=}"                # separated by commas or blanks
+: "${TRAJECTORY_ROWS:=0}"        # trajectories of a step that are logged, 0 for all; of the same questions each time
+: "${TRAJECTORY_MEGABYTES:=64}"  # no file of them grows beyond
+: "${TRAJECTORY_IDS:=False}"     # True: with their token ids
 : "${RL_ARGS:=}"
 
 require "$MODEL" "Run script/stage1_ground_reason.sh first, or point MODEL at a model directory."
@@ -59,7 +59,7 @@ require "$VAL_FILE" "Make it with python -m converters.rl_parquet."
 case "$REWARD_PRESET" in
   *.yaml | *.yml) REWARD_PRESET="$(realpath -m "$REWARD_PRESET")" ;;  # verl's processes may run in another folder
 esac
-read -ra loggers <<< "${RL_LOGGERS//,/ }"
+read -ra loggers <<< "${TRACKERS//,/ }"
 LOGGERS="$(IFS=,; echo "console,file${loggers[*]:+,${loggers[*]}}")"
 
 # A path as a Hydra string: without quotes a blank, a comma or a bracket in it would mean something.
@@ -136,7 +136,7 @@ trainer=(
   trainer.default_local_dir="$(hydra_string "$OUTPUT_DIR")" "trainer.logger=[$LOGGERS]"
   trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"
   trainer.validation_data_dir="$(hydra_string "$OUTPUT_DIR/validation")"
-  +echo_log.rows="$RL_LOG_ROWS" +echo_log.megabytes="$RL_LOG_MEGABYTES" +echo_log.ids="$RL_LOG_IDS"
+  +echo_log.rows="$TRAJECTORY_ROWS" +echo_log.megabytes="$TRAJECTORY_MEGABYTES" +echo_log.ids="$TRAJECTORY_IDS"
   hydra.run.dir="$(hydra_string "$OUTPUT_DIR/hydra")"
 )
 # What other nodes of a cluster do not take over from this shell.

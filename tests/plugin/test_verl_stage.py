@@ -87,7 +87,7 @@ def test_steps_decide_when_they_are_given() -> None:
 def test_verls_trackers_are_passed_through_beside_console_and_file(tmp_path: Path) -> None:
     assert list(configuration().trainer.logger) == ["console", "file"]
     for given in ("tensorboard,wandb", "tensorboard wandb", " tensorboard, wandb "):
-        assert list(configuration(RL_LOGGERS=given).trainer.logger) == ["console", "file", "tensorboard", "wandb"]
+        assert list(configuration(TRACKERS=given).trainer.logger) == ["console", "file", "tensorboard", "wandb"]
     sent = dict(configuration(OUTPUT_DIR=str(tmp_path)).ray_kwargs.ray_init.runtime_env.env_vars)
     assert sent["VERL_FILE_LOGGER_PATH"] == str(tmp_path / "metrics.jsonl")
     assert (sent["TENSORBOARD_DIR"], sent["WANDB_DIR"]) == (str(tmp_path / "tensorboard"), str(tmp_path))
@@ -97,7 +97,7 @@ def test_verls_trackers_are_passed_through_beside_console_and_file(tmp_path: Pat
 
 def test_the_trajectory_log_has_its_settings(tmp_path: Path) -> None:
     assert LogSettings.from_config(configuration()) == LogSettings()
-    given = configuration(RL_LOG_ROWS="32", RL_LOG_MEGABYTES="0.5", RL_LOG_IDS="True")
+    given = configuration(TRAJECTORY_ROWS="32", TRAJECTORY_MEGABYTES="0.5", TRAJECTORY_IDS="True")
     assert LogSettings.from_config(given) == LogSettings(32, 0.5, True)
     config = configuration(OUTPUT_DIR=str(tmp_path))
     assert config.trainer.rollout_data_dir == str(tmp_path / "trajectories")
