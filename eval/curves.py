@@ -2,7 +2,7 @@
 
     python -m eval.curves RUN [RUN ...] -o curves.png [--json curves.json]
 
-RUN is the folder of a recipe's run, its rl/ folder, or a metrics.jsonl of verl's file logger. Several runs are overlaid.
+RUN is the folder of a recipe's run, its rl/ folder, or a metrics.jsonl of verl. Several runs are overlaid.
 """
 
 from __future__ import annotations
@@ -130,14 +130,18 @@ def read_curves(run: Path, label: str | None = None) -> RunCurves:
             f"{run}: no metrics.jsonl in it or in its rl/. Give the folder of a recipe's run after its rl stage, "
             "or train with trainer.logger=[console,file]"
         )
-    metrics = read_metrics(files)
-    # Before the first step and in the last line verl repeats the validation: the rest of a step is training.
+    curves = curves_of(read_metrics(files))
+    if not curves:
+        raise RunError(f"{files[-1]}: no finished training step in it yet")
+    return RunCurves(label or run.resolve().name, str(run), curves)
+
+
+def curves_of(metrics: dict[int, dict[str, float]]) -> list[Curve]:
+    """A curve for each quantity that was logged; none before the first training step is done."""
+    # Step 0, and whatever else has no score, is a validation alone.
     training = {step: data for step, data in metrics.items() if "critic/score/mean" in data}
     curves = [_curve(quantity, training, metrics) for quantity in _quantities(training)]
-    found = [curve for curve in curves if curve.values]
-    if not found:
-        raise RunError(f"{files[-1]}: no finished training step in it yet")
-    return RunCurves(label or run.resolve().name, str(run), found)
+    return [curve for curve in curves if curve.values]
 
 
 def _quantities(training: dict[int, dict[str, float]]) -> list[Quantity]:
@@ -186,7 +190,8 @@ def _smooth(values: Sequence[float]) -> list[float]:
     if len(values) < SMOOTHED_FROM:
         return []
     window = max(2, round(len(values) * SMOOTHING_SHARE))
-    return [sum(piece) / len(piece) for end in range(1, len(values) + 1) if (piece := values[max(0, end - window) : end])]
+    pieces = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [sum(piece) / len(piece) for piece in pieces]
 
 
 def labels_for(runs: Sequence[Path]) -> list[str]:

@@ -492,11 +492,11 @@
   }
 
   function showCurves() {
-    const names = [...new Set(data.curves.flatMap((run) => (run ? run.curves.map((curve) => curve.name) : [])))];
+    const names = [...new Set(data.curves.flatMap((run) => run.map((curve) => curve.name)))];
     if (!names.length) return;
     byId("curves").hidden = byId("to-curves").hidden = false;
     byId("curves").querySelector(".panels").append(...names.map((name) => panel(
-      data.curves.map((run) => (run && run.curves.find((curve) => curve.name === name)) || null))));
+      data.curves.map((run) => run.find((curve) => curve.name === name) || null))));
   }
 
   // ------------------------------------------------------------------------------------------------ keys

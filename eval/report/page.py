@@ -97,7 +97,7 @@ def render(runs: Sequence[Run], sounds: Mapping[Path, Sound], pairs: Sequence[Pa
             }
             for path, sound in sounds.items()
         ],
-        "curves": [run.curves and asdict(run.curves) for run in runs],
+        "curves": [[asdict(curve) for curve in run.curves] for run in runs],
     }
     script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)

@@ -19,7 +19,7 @@ from echo_plugins.relisten.segment import Refusal, Segment, find_tags
 from echo_plugins.relisten.transcript import parse
 
 from ..benchmarks import labels
-from ..curves import RunCurves, RunError, metrics_files, read_curves, read_lines
+from ..curves import Curve, RunError, curves_of, metrics_files, read_lines, read_metrics
 from ..predictions import read_sidecar
 from ..score import answer_of, grade_all, load, totals
 from ..stats import wilson
@@ -115,7 +115,7 @@ class Run:
     path: Path
     facts: dict[str, str]
     sets: list[RowSet]
-    curves: RunCurves | None
+    curves: list[Curve]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read_run(
         raise RunError(f"{run}: no such file or folder")
     if run.is_file():
         return Run(
-            label, run, _facts(read_sidecar(run)), [_prediction_set(run, run.stem, limit, audio_root, wanted)], None
+            label, run, _facts(read_sidecar(run)), [_prediction_set(run, run.stem, limit, audio_root, wanted)], []
         )
     files = [file for file in sorted(run.glob("eval/*/*.jsonl")) if file.with_suffix(".run.json").is_file()]
     files.sort(key=lambda file: (file.parent.name, MODES.index(file.stem) if file.stem in MODES else len(MODES)))
@@ -171,7 +171,7 @@ def read_run(
             "trajectories/ and validation/ of RL, here and in rl/"
         )
     facts = _facts(read_sidecar(files[0])) if files else {}
-    return Run(label, run, facts, sets, read_curves(run, label) if metrics_files(run) else None)
+    return Run(label, run, facts, sets, curves_of(read_metrics(metrics_files(run))))
 
 
 def _recorded_questions(run: Path) -> tuple[list[Path], Path | None]:

@@ -270,7 +270,7 @@ def test_a_recipe_s_run_has_its_modes_in_order_and_then_rl(tmp_path: Path) -> No
     (tmp_path / "rl/metrics.jsonl").write_text('{"step":1,"data":{"critic/score/mean":0.5}}\n')
     run = read_run(tmp_path, "run", 10)
     assert [rows.name for rows in run.sets] == ["interleaved", "grounded", "plain", "RL validation", "RL training"]
-    assert run.curves is not None and run.facts["model"] == "tiny"
+    assert [curve.name for curve in run.curves] == ["reward"] and run.facts["model"] == "tiny"
 
 
 def test_of_a_long_training_whole_steps_are_shown_and_the_last_among_them(tmp_path: Path) -> None:
