@@ -100,10 +100,10 @@ class EchoTrainer(PPOTrainerSync):
                 f"The last one: {errors[-1] if errors else 'none came back'}"
             )
         if self.global_steps == 1:
-            never = useless_terms(trajectories)
-            if never:
+            useless = useless_terms(trajectories)
+            if useless:
                 raise RuntimeError(
-                    f"terms that are 0 for each of the {len(errors)} rollouts of the first step: {never}"
+                    f"no value in any of the first step's {len(errors)} rollouts: reward terms {useless}"
                 )
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
