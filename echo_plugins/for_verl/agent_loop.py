@@ -151,12 +151,14 @@ class RelistenAgentLoop(AgentLoopBase):
         """Drive `trajectory` to its end. `audios` grows by each clip that is inserted, views of its first waveform."""
         request_id = uuid4().hex  # one for all turns: they go to the replica whose cache has the turns before
         source = audios[0] if audios else None
+        # Special tokens stay in vLLM's text: else "</se<|im_start|>g>" would stop it at a tag that is none.
+        fixed = {"logit_bias": self.bias, "skip_special_tokens": False}
         while (turn := trajectory.next_turn()) is not None:
             stop = {"stop": list(turn.stop), "include_stop_str_in_output": True} if turn.stop else {}
             output = await self.server_manager.generate(
                 request_id=request_id,
                 prompt_ids=turn.engine_ids,
-                sampling_params={**sampling_params, "max_tokens": turn.max_tokens, "logit_bias": self.bias, **stop},
+                sampling_params={**sampling_params, **fixed, "max_tokens": turn.max_tokens, **stop},
                 audio_data=list(audios) or None,
                 mm_processor_kwargs=self._get_mm_processor_kwargs(audios or None),
                 priority=priority,
