@@ -160,6 +160,16 @@ def test_grounding_is_the_overlap_with_the_events_that_the_question_is_about(
     assert got["grounding"] == pytest.approx(0.5 * expected)
 
 
+def test_a_label_is_mentioned_as_whole_words_and_about_all_means_all() -> None:
+    def grounding(question: str, **parameters: str) -> float:
+        named = tags((4.0, 5.0))
+        rec = Record(RIGHT, "two", ("one", "two"), 8.0, named, question=question, events=(*SCENE, Event(7, 8, "door")))
+        return TERMS["grounding"](rec, **parameters)
+
+    assert grounding("How long is the doorbell?") == 1  # neither the bell nor the door
+    assert grounding("How long is the doorbell?", about="all") == pytest.approx(1 / 4.5)
+
+
 def test_a_question_that_mentions_no_event_is_about_all_of_them() -> None:
     rec = Record(RIGHT, "two", ("one", "two"), 8.0, (HEARD,), question="How many sounds?", events=SCENE)
     assert TERMS["grounding"](rec) == pytest.approx(1 / 3.5) == TERMS["grounding"](rec, about="all")
@@ -169,6 +179,22 @@ def test_a_question_that_mentions_no_event_is_about_all_of_them() -> None:
 def test_without_events_grounding_is_missing_and_counted(events: tuple[Event, ...] | None) -> None:
     scored = load_preset("grounding").score(record(events=events))
     assert scored.missing == {"grounding": "the row has no events"} and scored.score == 1.0
+
+
+TIMES = st.tuples(st.integers(0, 20), st.integers(1, 8)).map(lambda t: (t[0] / 2, (t[0] + t[1]) / 2))
+
+
+@given(st.lists(TIMES, max_size=5), st.lists(TIMES, min_size=1, max_size=5))
+def test_grounding_is_1_for_exactly_the_events_and_never_outside_0_to_1(
+    segments: list[tuple[float, float]], events: list[tuple[float, float]]
+) -> None:
+    def grounding(named: list[tuple[float, float]]) -> float:
+        rec = record(attempts=tags(*named), events=tuple(Event(*times, "bell") for times in events))
+        return TERMS["grounding"](rec)
+
+    assert 0 <= grounding(segments) <= 1
+    assert grounding(events) == pytest.approx(1)
+    assert grounding([*events, (15.0, 16.0)]) < 1  # what is named beyond the events costs
 
 
 def tags(*segments: tuple[float, float], inserted: bool = True) -> tuple[Attempt, ...]:
