@@ -26,6 +26,7 @@ from .benchmarks import Item
 from .engine import EngineDied, EngineSettings, Outcome, Question, Sampling, running_engine
 
 MAX_DEATHS = 3  # of engines, with the same row in flight
+RAY_STARTS = 3  # attempts
 
 T = TypeVar("T")
 
@@ -193,13 +194,23 @@ async def _started(start: Start, over: asyncio.Event) -> AsyncIterator[Answerer 
             await asyncio.gather(starting, waiting, return_exceptions=True)
 
 
-def connect_ray() -> None:
+def connect_ray(say: Callable[[str], None]) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
+    # Read when Ray starts its processes. Its default niceness is 15: whatever else the machine does would come first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    if not ray.is_initialized():
-        # Ray allows its own node 30 s to start, whatever we say: on a loaded machine that is the first thing to fail.
-        ray.init(include_dashboard=None if os.environ.get("RAY_ADDRESS") else False, logging_level=logging.ERROR)
+    for attempt in range(1, RAY_STARTS + 1):
+        if ray.is_initialized():
+            return
+        try:
+            ray.init(include_dashboard=None if os.environ.get("RAY_ADDRESS") else False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises no narrower one (_private/node.py:440 of 2.60)
+            # A raylet gives its dashboard agent 15 s to import what it needs: on a loaded machine it takes longer.
+            if "timed out during startup" not in str(error) or attempt == RAY_STARTS:
+                raise
+            say(f"Ray did not start within its own time limit; attempt {attempt + 1} of {RAY_STARTS}")
 
 
 def num_cluster_gpus() -> int:

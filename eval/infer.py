@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,7 +267,7 @@ def _num_gpus(device: str) -> int:
     if device == "cpu":
         return 0
     if os.environ.get("RAY_ADDRESS"):
-        fleet.connect_ray()
+        fleet.connect_ray(_say)
         num_gpus = fleet.num_cluster_gpus()
     elif device == "auto" and not any(path.exists() for path in DRIVERS):
         return 0
@@ -367,18 +367,24 @@ async def _answer_all(
 
     with_ray = num_engines > 1 or bool(os.environ.get("RAY_ADDRESS"))
     if with_ray:
-        fleet.connect_ray()
-    start = functools.partial(fleet.ray_engine if with_ray else running_engine, settings)
+        fleet.connect_ray(_say)
     _say(f"starting {num_engines} engines on {settings.device} with {settings.model}")
     reported = 0
-    with progress(_console, "answering", "rows", num_left) as advance:
+    with contextlib.ExitStack() as stack:
+        bar = functools.cache(lambda: stack.enter_context(progress(_console, "answering", "rows", num_left)))
+
+        @contextlib.asynccontextmanager
+        async def start() -> AsyncIterator[fleet.Answerer]:
+            async with fleet.ray_engine(settings) if with_ray else running_engine(settings) as engine:
+                bar()  # its clock starts with the first engine
+                yield engine
 
         def finish(task: fleet.Task, outcome: Outcome) -> None:
             nonlocal reported
             files[task.run].append(prediction(task.item, outcome))
             if outcome.error is not None and (reported := reported + 1) <= MAX_REPORTED_ERRORS:
                 _say(f"row {task.item.id}: {outcome.error}")
-            advance()
+            bar()()
 
         num_lanes = min(settings.concurrency, num_left)
         await fleet.answer_all(tasks(), [start] * num_engines, num_lanes, finish, _say, can_restart=with_ray)
