@@ -59,7 +59,7 @@ prepare_data() {
     RL_AUDIO_QA="$DATA_DIR/rl.jsonl"
   fi
   run "$PYTHON" -m converters.sft_jsonl "$SFT_AUDIO_QA" "$DATA_DIR/sft-rows.jsonl" --audio-root "$AUDIO_ROOT" \
-    --mode "$SFT_MODE"
+    --mode "$SFT_MODE" --seed "$SEED"
   run "$PYTHON" -m converters.rl_parquet "$RL_AUDIO_QA" "$DATA_DIR/rl.parquet" --audio-root "$AUDIO_ROOT" \
     --model "$BASE_MODEL"
   run "$PYTHON" -m converters.rl_parquet "$VAL_AUDIO_QA" "$DATA_DIR/val.parquet" --audio-root "$AUDIO_ROOT" \
