@@ -39,6 +39,7 @@ from echo_plugins.relisten.trajectory import (
     Turn,
     expand_placeholders,
 )
+from echo_plugins.relisten.transcript import parse
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -242,8 +243,8 @@ class Engine:
         except ValueError as error:  # AudioError, or a prompt that does not fit
             return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
         await self.run(trajectory, waveform, name, question.id, sampling)
-        forced = sampling.force_answer_tokens > 0 and trajectory.stop_reason is StopReason.LENGTH
-        if forced:
+        out_of_budget = trajectory.stop_reason is StopReason.LENGTH and parse(trajectory.text()).answer is None
+        if forced := out_of_budget and sampling.force_answer_tokens > 0:
             trajectory.force_answer(sampling.force_answer_tokens)
             await self.run(trajectory, waveform, name, question.id, sampling)
         sampled = sum(trajectory.response_mask)

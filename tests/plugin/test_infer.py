@@ -188,3 +188,21 @@ def test_what_cannot_be_run_is_said_before_anything_starts(
     result = subprocess.run([*base, *filled], cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == status and message in result.stderr, result.stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_dry_run_shows_three_prompts_and_writes_nothing(tmp_path: Path, tiny_model: Path, manifest: Path) -> None:
+    without_weights = tmp_path / "model"
+    without_weights.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, without_weights)
+    words = ["--model", str(without_weights), "--output", str(tmp_path / "out.jsonl"), "--mode", "plain", "--dry-run"]
+    words += ["--audio-qa", str(manifest), "--audio-root", str(manifest.parent)]
+    result = run([sys.executable, "-m", "eval.infer"], *words)
+    assert result.returncode == 0, result.stderr
+    questions = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for question in questions[:3]:
+        assert f"--- {question['id']}: " in result.stdout
+        assert question["question"] in result.stdout and f"(A) {question['choices'][0]}" in result.stdout
+    assert result.stdout.count("<|im_start|>assistant") == 3 and "temperature=0.7" in result.stdout
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.run.json").exists()
