@@ -11,7 +11,7 @@ for kind in cpu gpu; do
   overrides=()
   [[ "$kind" == cpu ]] && overrides=(--overrides "$here/overrides.txt")
   "$uv" pip compile --quiet "$root/setup.cfg" \
-    --extra sft --extra rl --extra eval --extra data --extra dev --extra "$kind" \
+    --extra sft --extra rl --extra eval --extra data --extra synthesis --extra dev --extra "$kind" \
     --excludes "$here/excludes.txt" "${overrides[@]}" \
     --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
     --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
