@@ -18,14 +18,14 @@ from echo_plugins.audio import AudioError, resolve_path
 from echo_plugins.relisten.segment import Refusal, Segment, find_tags
 from echo_plugins.relisten.transcript import parse
 
-from ..benchmarks import labels
+from ..benchmarks import BENCHMARKS, guess_breakdowns, labels
 from ..curves import Curve, RunError, curves_of, metrics_files, read_lines, read_metrics
 from ..predictions import read_sidecar
 from ..score import answer_of, grade_all, load, totals
 from ..stats import wilson
 
 MODES = ("interleaved", "grounded", "plain")  # the order of the sets of a run
-AUDIO_KEYS = ("audio", "audio_path", "audio_id")  # of AudioQA, MMAR, MMAU
+AUDIO_KEYS = ("audio", "audio_path", "audio_id")  # of rows that do not say which benchmark they are of
 MAX_RESPONSE_CHARS = 20_000  # of one response on the page; what a policy can ramble on for has no bound
 REFUSALS = {
     Refusal.MALFORMED: "not two times in seconds",
@@ -245,8 +245,9 @@ def _named(row: Mapping[str, Any], text: str) -> list[Named]:
         ]
     named = []
     for each in logged:
-        start, end, refusal = each.get("start"), each.get("end"), each.get("refusal")
-        said = each.get("text") or (f"{start:.2f}, {end:.2f}" if start is not None and end is not None else "")
+        times, refusal = _numbers(each), each.get("refusal")
+        start, end = times.get("start"), times.get("end")
+        said = _text(each.get("text")) or (f"{start:.2f}, {end:.2f}" if start is not None and end is not None else "")
         reason = None if refusal is None else REFUSALS.get(refusal, str(refusal))
         named.append(Named(said, start, end, bool(each.get("inserted")), reason))
     return named
@@ -270,9 +271,12 @@ def _events(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _audio(row: Mapping[str, Any], root: Path | None) -> tuple[Path | None, str | None]:
-    """The file that a row names, or why there is none."""
-    name = next((row[key] for key in AUDIO_KEYS if row.get(key)), None)
+def _audio(row: Mapping[str, Any], root: Path | None, benchmark: str | None = None) -> tuple[Path | None, str | None]:
+    """The file that a row names, the first where there are several, or why there is none."""
+    if benchmark in BENCHMARKS:
+        name = BENCHMARKS[benchmark].read(row).audio
+    else:
+        name = next((row[key] for key in AUDIO_KEYS if row.get(key)), None)
     name = name[0] if isinstance(name, list) and name else name
     if not isinstance(name, str):
         return None, "the log does not say which audio it was"
@@ -299,7 +303,7 @@ def _prediction_set(file: Path, name: str, limit: int, audio_root: Path | None, 
         text = _text(row.get("model_response"))
         failed = row.get("stop_reason") == "error"
         segments = _named(row, text)
-        audio, problem = _audio(row, root)
+        audio, problem = _audio(row, root, predicted.benchmark)
         rows.append(
             Row(
                 key=str(row["id"]),
@@ -355,7 +359,7 @@ NOTES = {
     "num_inserted_tokens": ("inserted tokens", "{}"),
     "observation_tokens": ("inserted tokens", "{}"),
     "seconds": ("seconds", "{:.2f}"),
-    "step": ("step", "{}"),
+    "forced_answer": ("answer", "forced"),
 }
 
 
@@ -378,13 +382,17 @@ def _trajectory_set(steps: Mapping[int, Path], name: str, limit: int, questions:
     counts = {step: steps[step].read_bytes().count(b"\n") for step in numbers}
     fitting = max(1, limit * len(numbers) // max(1, sum(counts.values())))
     shown = [numbers[-1]] if fitting == 1 else [numbers[index] for index in evenly(len(numbers), fitting)]
-    rows: list[Row] = []
+    logs: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
     for step in shown:
-        seen: Counter[str] = Counter()
-        for log in list(read_lines(steps[step]))[: max(1, limit - len(rows))]:
+        for log in list(read_lines(steps[step]))[: max(1, limit - len(logs))]:
             row_id = _text(log.get("id")) or _text(log.get("uid")).rsplit("_", 2)[0] or "row"
-            seen[row_id] += 1
-            rows.append(_trajectory_row({"step": step, **log}, row_id, seen[row_id], questions))
+            seen[key := f"{step}/{row_id}"] += 1
+            said = {name: value for name, value in log.items() if value is not None}
+            known = questions.rows.get(row_id, {})
+            logs.append({**known, **said, "id": row_id, "step": step, "key": f"{key}/{seen[key]}"})
+    fields = ("step", "data_source", *guess_breakdowns(logs))
+    rows = [_trajectory_row(log, fields, questions.audio_root) for log in logs]
     right = sum(row.verdict == "right" for row in rows)
     segments = [segment for row in rows for segment in row.segments]
     unknown = any(segment.inserted is None for segment in segments)
@@ -412,9 +420,8 @@ def _step_tally(step: int, rows: Sequence[Row]) -> Tally:
     return Tally(str(step), len(rows), [score], sum(row.verdict == "unanswered" for row in rows))
 
 
-def _trajectory_row(log: Mapping[str, Any], row_id: str, occurrence: int, questions: Questions) -> Row:
+def _trajectory_row(log: Mapping[str, Any], fields: Sequence[str], audio_root: Path) -> Row:
     """A line of our trajectory log, or of verl's own dump of a validation (input, output, gts, score)."""
-    known = questions.rows.get(row_id, {})
     text = _text(log.get("text", log.get("output")))
     segments = _named(log, text)
     transcript = parse(text)
@@ -422,28 +429,24 @@ def _trajectory_row(log: Mapping[str, Any], row_id: str, occurrence: int, questi
     values = _numbers(components if isinstance(components, Mapping) else log)
     right = values["acc"] > 0 if "acc" in values else None
     failed = log.get("stop_reason") == "error" or values.get("failed", 0) > 0
-    labelled = {**known, **{key: value for key, value in log.items() if value is not None}}
-    audio, problem = _audio(labelled, questions.audio_root)
-    found = {name.removeprefix("reward_"): value for name, value in values.items() if name.startswith("reward_")}
-    score = _numbers(log).get("score")
-    meta = known.get("meta")
-    names = [*(meta if isinstance(meta, Mapping) else {}), *(["data_source"] if log.get("data_source") else [])]
+    audio, problem = _audio(log, audio_root)
+    terms = {name.removeprefix("reward_"): value for name, value in values.items() if name.startswith("reward_")}
     return Row(
-        key=f"{log['step']}/{row_id}/{occurrence}",
-        id=row_id,
-        question=_text(labelled.get("question", log.get("input"))),
-        choices=[_text(choice) for choice in labelled.get("choices") or []],
+        key=log["key"],
+        id=log["id"],
+        question=_text(log.get("question", log.get("input"))),
+        choices=[_text(choice) for choice in log.get("choices") or []],
         answer=_text(log.get("ground_truth", log.get("gts"))),
         prediction=transcript.answer or "",
         verdict=_verdict(right, bool(transcript.answer), failed),
         strict=None,
         parts=split(text, segments),
         segments=segments,
-        terms={**found, **({} if score is None else {"score": score})},
+        terms=terms | {name: value for name, value in _numbers(log).items() if name == "score"},
         notes=_notes(log) | {f"{term} is 0": _text(why) for term, why in (log.get("problems") or {}).items()},
-        labels={"step": [str(log["step"])], **{name: labels(labelled, name) for name in names}},
-        events=_events(labelled),
-        duration=_numbers(labelled).get("duration"),
+        labels={field: labels(log, field) for field in fields},
+        events=_events(log),
+        duration=_numbers(log).get("duration"),
         audio=audio,
         audio_problem=problem,
     )

@@ -291,8 +291,10 @@ def test_rollouts_of_one_question_are_rows_of_their_own(tmp_path: Path) -> None:
 def test_a_manifest_tells_what_the_log_leaves_out(tmp_path: Path) -> None:
     wav(tmp_path / "sounds/a.wav")
     known = {"id": "7", "audio": "a.wav", "question": "?", "choices": ["one"], "answer": "one", "meta": {"kind": "k"}}
-    manifest = write_rows(tmp_path / "rl.jsonl", {**known, "events": [{"label": "bell", "start": 0, "end": 0.5}]})
-    write_rows(tmp_path / "rl/trajectories/1.jsonl", trajectory("7", 1, audio=None, choices=None))
+    known["events"] = [{"label": "bell", "start": 0, "end": 0.5}]
+    manifest = write_rows(tmp_path / "rl.jsonl", known, {**known, "id": "8", "meta": {"kind": "other"}})
+    log = (trajectory(row_id, 1, audio=None, choices=None) for row_id in "78")
+    write_rows(tmp_path / "rl/trajectories/1.jsonl", *log)
     row = one_row(tmp_path / "rl", audio_qa=[manifest], audio_root=tmp_path / "sounds")
     assert row.audio == tmp_path / "sounds/a.wav" and row.events[0]["label"] == "bell"
     assert row.choices == ["one"] and row.labels["kind"] == ["k"]
@@ -393,6 +395,20 @@ def test_missing_and_broken_audio_is_said_on_its_row_and_at_the_end(tmp_path: Pa
         problems, ("no such file", "not readable", None, "leaves the audio root", "does not say"), strict=True
     ):
         assert problem is None if said is None else said in problem
+
+
+def test_the_audio_of_a_benchmark_s_row_is_where_the_benchmark_has_it(tmp_path: Path) -> None:
+    wav(tmp_path / "audio/7.wav")
+    row = prediction("7", audio=None, audio_path="/elsewhere/7.wav", answer_gt="one")
+    run = write_rows(tmp_path / "x.jsonl", row, mode="plain")
+    sidecar = run.with_suffix(".run.json")
+    sidecar.write_text(sidecar.read_text().replace("audio-qa", "mmsu"))
+    assert one_row(run).audio == tmp_path / "audio/7.wav"
+
+
+def test_a_segment_whose_times_are_no_numbers_is_shown_without_a_place(tmp_path: Path) -> None:
+    row = one_row(write_rows(tmp_path / "x.jsonl", prediction("1", segments=[{"start": "0.1", "end": None}])))
+    assert (row.segments[0].start, row.segments[0].inserted) == (None, False) and 0 in row.parts
 
 
 def test_peaks_are_loud_where_the_sound_is() -> None:
