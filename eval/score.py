@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from echo_plugins.relisten.transcript import choice_letter, match_choice, official_match
+from echo_plugins.relisten.transcript import choice_letter, named_choice, official_match
 
 from .benchmarks import AUDIO_QA, BENCHMARKS, BenchmarkError, Rule, breakdowns_of, labels, load_questions
 from .predictions import PredictionsError, read_rows, read_sidecar, sidecar_path, write_whole
@@ -127,10 +127,7 @@ def chosen(row: Mapping[str, Any], prediction: str | None = None) -> str | None:
     choices = row.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise PredictionsError(f"row {row['id']!r}: 'choices' must be a list of texts, not {choices!r}")
-    # 27 rows of MMAU-mini list a choice twice. It is one choice: its text names the first, either letter its text.
-    once = [choice if choice not in choices[:place] else "" for place, choice in enumerate(choices)]
-    named = match_choice(answer_of(row) if prediction is None else prediction, once)
-    return None if named is None else choices[named]
+    return named_choice(answer_of(row) if prediction is None else prediction, choices)
 
 
 def grade(row: Mapping[str, Any], rule: Rule = "string_match") -> Graded:
@@ -176,7 +173,7 @@ def load(file: Path) -> Predicted:
             raise PredictionsError(f"{file}: no rows in it")
         found = list(rows.values())
         return Predicted(None, None, found, breakdowns_of(None, found), [], 0)
-    identity, num_rows, ids = sidecar["identity"], sidecar["num_rows"], sidecar.get("ids")
+    identity, num_rows, ids = sidecar["identity"], sidecar["num_rows"], frozenset(sidecar.get("ids", ()))
     name, sha256, shuffled = identity["benchmark"], identity["questions_sha256"], identity.get("shuffle_choices")
     try:
         questions = load_questions(name, sidecar["questions"])
@@ -188,7 +185,7 @@ def load(file: Path) -> Predicted:
         return Predicted(
             name, sha256, found, breakdowns_of(name, found), [], max(0, num_rows - len(rows)), shuffled=shuffled
         )
-    asked = itertools.islice((item for item in questions if ids is None or item.id in ids), num_rows)
+    asked = itertools.islice((item for item in questions if not ids or item.id in ids), num_rows)
     expected = {item.id: item.row for item in asked}
     whole = [rows.get(row_id, row) for row_id, row in expected.items()]
     missing = [row_id for row_id in expected if row_id not in rows]

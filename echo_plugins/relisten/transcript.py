@@ -74,21 +74,28 @@ def match_choice(answer: str | None, choices: Sequence[str]) -> int | None:
     return None
 
 
+def named_choice(answer: str | None, choices: Sequence[str]) -> str | None:
+    """The text of the one choice that `answer` names by the strict match, None when it names none or more than one.
+
+    A choice that is listed twice, as benchmarks do, is one choice: its text names it, and so does either letter.
+    """
+    once = [choice if choice not in choices[:place] else "" for place, choice in enumerate(choices)]
+    named = match_choice(answer, once)
+    return None if named is None else choices[named]
+
+
 def is_right(answer: str | None, ground_truth: str, choices: Sequence[str] = ()) -> bool:
     """Whether `answer` names the right choice by the strict match; without choices, whether it is the ground truth
     itself, blanks, case and a final full stop aside.
 
-    A choice that is listed twice, as benchmarks do, is one choice: its text names it, and so does either letter.
     Raises ValueError when the ground truth is not one of the choices: such a row could never be answered.
     """
     if not choices:
         return answer is not None and _normal(answer) == _normal(ground_truth) != ""
-    once = [choice if choice not in choices[:place] else "" for place, choice in enumerate(choices)]
-    right = match_choice(ground_truth, once)
+    right = named_choice(ground_truth, choices)
     if right is None:
         raise ValueError(f"the ground truth {ground_truth!r} is not one of the choices {list(choices)}")
-    said = match_choice(answer, once)
-    return said is not None and choices[said] == choices[right]
+    return named_choice(answer, choices) == right
 
 
 def _normal(text: str) -> str:
