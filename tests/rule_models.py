@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,25 +64,28 @@ def sound_of(request: Request) -> str | None:
 @dataclass
 class RuleModels:
     """A script for misbehaving_server. Of all requests one in `trouble_each` fails at its first attempt, each kind of
-    trouble in turn; one in `half_each` is answered with half an object; `refuse` names sounds that are refused."""
+    trouble in turn; one in `half_each` is answered with half an object, one in `refuse_each` is refused.
+
+    `paid` counts answers by request, `kinds` by the prompt that was answered."""
 
     trouble_each: int = 0
     half_each: int = 0
     refuse_each: int = 0
     delay_seconds: float = 0.0
-    kinds: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    paid: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, request: Request) -> Behaviour:
         text = text_of(request)
         mark = digest(text, sound_of(request), request.body["seed"])
         if self.trouble_each and mark % self.trouble_each == 0 and request.attempt == 1:
             return TROUBLES[mark // self.trouble_each % len(TROUBLES)]
-        if self.delay_seconds:
-            time.sleep(self.delay_seconds)
+        time.sleep(self.delay_seconds)
+        self.paid[json.dumps(request.body)] += 1
         if self.refuse_each and digest(text, sound_of(request)) % self.refuse_each == 0:
             return refusal()
         kind, behaviour = self.answer(request, text, mark)
-        self.kinds.append(kind)
+        self.kinds[kind] += 1
         if self.half_each and mark % self.half_each == 1 and kind in ("question", "questions", "judge"):
             content = json.loads(behaviour.payload(request))["choices"][0]["message"]["content"]
             return Answer(content[: len(content) // 2], _USAGE)

@@ -1,4 +1,4 @@
-"""Asking the models of one stage about one row: prompt, sound, seed, provenance; again with another seed where needed."""
+"""Asking the models of one stage about one row: prompt, sound, seed, provenance; again with another seed if need be."""
 
 from __future__ import annotations
 

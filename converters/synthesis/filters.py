@@ -271,7 +271,6 @@ class Contamination:
         self._by_word: dict[str, list[int]] = defaultdict(list)
         for benchmark in benchmarks:
             self._read(benchmark)
-        self._frequency = {word: len(rows) for word, rows in self._by_word.items()}
 
     def find(self, sample: Sample) -> str | None:
         """None where no benchmark holds it."""
@@ -285,7 +284,12 @@ class Contamination:
                     return f"{where} is of {url} {other}".rstrip()
         if sample.audio_sha256 in self._sounds:
             return f"{self._sounds[sample.audio_sha256]} has the same sound"
-        return self._question(frozenset(words_of(sample.question or "")))
+        return self.alike_question(frozenset(words_of(sample.question or "")))
+
+    def add_question(self, words: frozenset[str], where: str) -> None:
+        for word in words:
+            self._by_word[word].append(len(self._questions))
+        self._questions.append((words, where))
 
     def _read(self, benchmark: Benchmark) -> None:
         name = benchmark.file.stem
@@ -299,11 +303,7 @@ class Contamination:
                 self._ids.setdefault(found, where)
             for url, times in _spots(row):
                 self._spots[url].setdefault(times, where)
-            words = frozenset(words_of(str(row.get("question") or "")))
-            if words:
-                for word in words:
-                    self._by_word[word].append(len(self._questions))
-                self._questions.append((words, where))
+            self.add_question(frozenset(words_of(str(row.get("question") or ""))), where)
             path = row.get("audio") or row.get("audio_path") or row.get("audio_id")
             if benchmark.audio_root and isinstance(path, str):
                 try:
@@ -311,9 +311,9 @@ class Contamination:
                 except AudioError as error:
                     raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: {error}") from error
 
-    def _question(self, words: frozenset[str]) -> str | None:
-        """Two sets this alike share one of the rarest words of either, so few questions need to be compared."""
-        rarest = sorted(words, key=lambda word: (self._frequency.get(word, 0), word))
+    def alike_question(self, words: frozenset[str]) -> str | None:
+        """Sets this alike have most words in common, so one of a few of them: the rarest, which few questions have."""
+        rarest = sorted(words, key=lambda word: (len(self._by_word.get(word, ())), word))
         prefix = rarest[: len(words) - math.ceil(self._jaccard * len(words)) + 1]
         for row in dict.fromkeys(row for word in prefix for row in self._by_word.get(word, ())):
             other, where = self._questions[row]

@@ -1,0 +1,81 @@
+"""Both pipelines as a user runs them, against a real server that misbehaves, killed in every stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import synthesis_run
+from misbehaving_server import misbehaving_server
+from rule_models import RuleModels
+from synthesis_run import ASKING, CONCURRENCY, clips_of, kill_when, rows, timeless, write_config, written
+
+NUM_CLIPS = 8
+
+
+def is_in(stage: str, run: Path) -> bool:
+    """Whether a stage is in the middle: some of its answers are paid for; of one that asks nothing, it has begun."""
+    if any((run / "journal" / stage).glob("*.jsonl")):
+        lines = sum(file.read_bytes().count(b"\n") for file in (run / "journal" / stage).glob("*.jsonl"))
+        return lines >= CONCURRENCY
+    return stage in ("clips", "check", "select") and any(run.glob(f"{stage}-*/executor.json"))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "stages"),
+    [
+        ("eaqa", ("clips", "caption", "question", "check", "judge", "silence", "difficulty", "select")),
+        ("cogito", ("question", "think")),
+    ],
+)
+def test_killed_in_every_stage_no_row_is_lost_or_twice_and_only_what_was_in_flight_is_paid_again(
+    pipeline: str, stages: tuple[str, ...], soundscapes: Path, tmp_path: Path
+) -> None:
+    clips_of(soundscapes, tmp_path / "clips.jsonl", NUM_CLIPS)
+    models = RuleModels(trouble_each=7, half_each=9, refuse_each=40, delay_seconds=0.03)
+    with misbehaving_server(models) as server:
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        clips_of(soundscapes, whole / "clips.jsonl", NUM_CLIPS)
+        config = write_config(whole, pipeline, server.url, soundscapes, tasks=2)
+        done = synthesis_run.run(pipeline, config)
+        assert done.returncode == 0, done.stderr
+        unpaid_twice = sum(count - 1 for count in models.paid.values())
+        models.paid.clear()
+
+        config = write_config(tmp_path, pipeline, server.url, soundscapes, tasks=2)
+        killed = [stage for stage in stages if kill_when(lambda s=stage: is_in(s, tmp_path / "run"), pipeline, config)]
+        assert set(killed) >= set(stages) & set(ASKING[pipeline]), f"only {killed} could be killed"
+        done = synthesis_run.run(pipeline, config)
+        assert done.returncode == 0, done.stderr
+    paid_again = sum(count - 1 for count in models.paid.values())
+    assert unpaid_twice <= 2  # a connection that was reset in the middle of an answer
+    assert paid_again <= CONCURRENCY * len(killed) + unpaid_twice
+
+    before, after = written(whole / "run"), written(tmp_path / "run")
+    ids = [row["id"] for name in after for row in after[name]]
+    assert len(ids) == len(set(ids))
+    assert {row["meta"]["clip"] for name in ("sft", "rl") for row in after[name]} | {
+        row["audio"].split("/")[1].removesuffix(".wav") for row in after["dropped"]
+    } == {row["id"] for row in rows(tmp_path / "clips.jsonl")}
+    for name in before:
+        assert [timeless(row) for row in after[name]] == [timeless(row) for row in before[name]], name
+    assert after["sft"] and after["rl"]
+
+
+def test_what_the_pipeline_makes_is_taken_by_both_exporters(soundscapes: Path, tmp_path: Path) -> None:
+    clips_of(soundscapes, tmp_path / "clips.jsonl", NUM_CLIPS)
+    with misbehaving_server(RuleModels()) as server:
+        config = write_config(tmp_path, "eaqa", server.url, soundscapes)
+        done = synthesis_run.run("eaqa", config)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    for module, source, target in (
+        ("converters.sft_jsonl", "sft", "sft-rows.jsonl"),
+        ("converters.rl_parquet", "rl", "rl-rows.parquet"),
+    ):
+        command = [module, run / f"{source}.jsonl", run / target, "--audio-root", soundscapes]
+        exported = synthesis_run.module(*map(str, command))
+        assert exported.returncode == 0, exported.stderr
+        assert "0 rejected" in exported.stderr
+    row = json.loads((run / "sft-rows.jsonl").read_text().splitlines()[0])
+    assert "<seg>" in row["messages"][1]["content"]

@@ -1,0 +1,222 @@
+"""The filters of data synthesis: what each objects to, and what it lets pass."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converters.synthesis import filters
+from converters.synthesis.config import DEFAULT_FILTERS, Benchmark, Config, Limits, NearDuplicate
+from converters.synthesis.sample import Sample
+
+
+def limits(**changes: Any) -> Limits:
+    config = Config(input=Path(), audio_root=Path(), output=Path(), stages={}, filters=changes)
+    return config.limits()
+
+
+def sample(think: str | None = None, **changes: Any) -> Sample:
+    fields: dict[str, Any] = {
+        "id": "a",
+        "clip": "a",
+        "audio": "a.wav",
+        "audio_sha256": "s",
+        "recording": "a.wav",
+        "duration": 10.0,
+        "domain": "sound",
+        "events": [{"label": "dog", "start": 1.0, "end": 4.0}, {"label": "bell", "start": 6.0, "end": 7.0}],
+        "question": "Which sound comes first?",
+        "choices": ["dog", "bell", "car", "rain"],
+        "answer": "dog",
+        "think": think,
+    }
+    return Sample(**fields | changes)
+
+
+def objections(row: Sample, rules: tuple[filters.RowFilter, ...], **changes: Any) -> set[str]:
+    return {rule.__name__ for rule in rules if rule(row, limits(**changes)) is not None}
+
+
+GOOD = (
+    "I listen for what comes first. In <seg>1.00, 4.00</seg> a dog barks twice, near and clear, and only in "
+    "<seg>6.00, 7.00</seg> a bell is struck, so the dog comes first."
+)
+
+
+def test_a_sound_chain_of_thought_and_question_pass_all_filters() -> None:
+    row = sample(GOOD)
+    assert objections(row, filters.THINK_FILTERS) == set()
+    assert objections(row, filters.QUESTION_FILTERS + filters.ANSWER_FILTERS) == set()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("6.00, 7.00", "9.80, 10.20", "segment_validity"),
+        ("6.00, 7.00", "6.00, 6.10", "segment_validity"),
+        ("6.00, 7.00", "7.00, 6.00", "segment_validity"),
+        ("6.00, 7.00", "6.0.0, 7", "segment_validity"),
+        ("6.00, 7.00", "1.50, 4.00", "segment_overlap"),
+        ("1.00, 4.00", "0.00, 9.50", "clip_share"),
+        ("1.00, 4.00", "7.50, 9.50", "event_coverage"),
+        ("</seg> a dog", "</seg> A dog", "think_format"),
+        ("</seg> a dog", "</seg><seg>2.00, 3.00</seg> a dog", "think_format"),
+        ("a dog barks", "<answer>dog</answer> barks", "think_format"),
+    ],
+)
+def test_each_defect_of_a_chain_of_thought_is_named_by_its_filter(old: str, new: str, name: str) -> None:
+    assert name in objections(sample(GOOD.replace(old, new)), filters.THINK_FILTERS)
+
+
+def test_length_and_number_of_segments_have_bounds_on_both_sides() -> None:
+    assert objections(sample("It is the dog."), filters.THINK_FILTERS) == {"think_length", "segment_count"}
+    many = " then ".join(f"in <seg>{1 + i * 0.3:.2f}, {1.25 + i * 0.3:.2f}</seg> a bark is heard" for i in range(8))
+    assert "segment_count" in objections(sample(many), filters.THINK_FILTERS)
+    assert "think_length" in objections(sample(GOOD * 20), filters.THINK_FILTERS)
+
+
+def test_free_form_reasoning_needs_no_tag_where_the_config_says_so() -> None:
+    free = " ".join(["Only the dog can be the first, since the bell rings late."] * 3)
+    assert objections(sample(free), filters.THINK_FILTERS) == {"segment_count"}
+    assert objections(sample(free), filters.THINK_FILTERS, min_segments=0) == set()
+
+
+def test_a_clip_that_is_labelled_from_end_to_end_needs_no_tag() -> None:
+    free = " ".join(["The rain never stops, so nothing can be told apart by time."] * 3)
+    row = sample(free, events=[{"label": "rain", "start": 0.0, "end": 10.0}])
+    assert objections(row, filters.THINK_FILTERS) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"choices": ["dog", "Dog.", "car", "rain"]}, "row_format"),
+        ({"question": "What is <|AUDIO|>?"}, "row_format"),
+        ({"choices": ["dog", "bell", "car"]}, "number_of_choices"),
+        ({"answer": "cat"}, "answer_among_choices"),
+        (
+            {
+                "choices": ["a large dog that barks twice", "bell", "car", "rain"],
+                "answer": "a large dog that barks twice",
+            },
+            "answer_length",
+        ),
+    ],
+)
+def test_each_defect_of_a_question_is_named_by_its_filter(changes: dict[str, Any], name: str) -> None:
+    assert name in objections(sample(**changes), filters.QUESTION_FILTERS)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rate", "expected"),
+    [
+        (None, None, set()),
+        (0.25, 0.5, set()),
+        (0.5, 0.125, {"audio_contribution"}),
+        (0.0, 0.0, {"difficulty"}),
+        (0.0, 1.0, {"difficulty"}),
+        (0.0, 0.875, set()),
+    ],
+)
+def test_what_silence_answers_and_what_is_too_easy_or_too_hard_is_out(
+    accuracy: float | None, rate: float | None, expected: set[str]
+) -> None:
+    assert objections(sample(silence_accuracy=accuracy, pass_rate=rate), filters.ANSWER_FILTERS) == expected
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers())
+def test_shuffling_keeps_the_choices_and_depends_on_id_and_seed_alone(numbers: list[int], seed: int) -> None:
+    row = sample(id=str(numbers))
+    once = filters.shuffled(row, seed)
+    assert sorted(once.choices) == sorted(row.choices) and once.answer == row.answer
+    assert filters.shuffled(row, seed) == once
+
+
+def test_shuffled_answers_stand_at_every_place_alike() -> None:
+    rows = [filters.shuffled(sample(id=str(number)), seed=0) for number in range(2_000)]
+    places = {place: sum(row.choices[place] == "dog" for row in rows) for place in range(4)}
+    assert filters.even_choice_p(places, 4) > 0.01
+    assert filters.even_choice_p({0: 2_000}, 4) < 1e-9
+    assert filters.even_choice_p({}, 4) == 1.0
+
+
+QUESTION = "After the second of the two short bell strokes near the end of the recording, which animal answers first?"
+
+
+def test_exact_duplicates_are_of_one_sound_and_near_ones_of_almost_the_same_words() -> None:
+    found = filters.Duplicates(NearDuplicate())
+    assert found.find(sample(id="1", question=QUESTION)) is None
+    assert found.find(sample(id="2", question=QUESTION.upper())) == ("exact_duplicate", "1")
+    nearly = QUESTION.replace("Which", "what")
+    assert found.find(sample(id="3", audio_sha256="t", question=nearly)) == ("near_duplicate", "1")
+    assert found.find(sample(id="4", question="How often does the bell ring while the dog is barking outside?")) is None
+
+
+def test_near_duplicates_can_be_looked_for_in_one_recording_only() -> None:
+    found = filters.Duplicates(NearDuplicate(scope="recording"))
+    assert found.find(sample(id="1", question=QUESTION)) is None
+    assert found.find(sample(id="2", audio_sha256="t", recording="b.wav", question=QUESTION)) is None
+    again = sample(
+        id="3", audio_sha256="t", recording="b.wav", question=QUESTION, choices=["cat", "dog", "bell", "car"]
+    )
+    assert found.find(again) == ("near_duplicate", "2")
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Benchmark:
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "held.wav", rng.uniform(-0.5, 0.5, 16_000), 16_000, subtype="PCM_16")
+    rows = [
+        {
+            "id": "BV1xw411A7gP_00",
+            "audio_path": "held.wav",
+            "question": "How many seconds pass between the first knock and the last of the church bells?",
+            "url": "https://www.youtube.com/watch?v=abcdefghijk",
+            "timestamp": "00:10,00:20",
+        }
+    ]
+    (tmp_path / "MMAR.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Benchmark(file=tmp_path / "MMAR.jsonl", audio_root=tmp_path)
+
+
+def test_a_row_that_a_benchmark_holds_is_found_by_name_place_sound_and_question(
+    benchmark: Benchmark, tmp_path: Path
+) -> None:
+    assert benchmark.audio_root is not None
+    found = filters.Contamination([benchmark], jaccard=0.8)
+    assert found.find(sample()) is None
+    assert "name" in (found.find(sample(audio="x/BV1xw411A7gP_00.flac")) or "")
+    spot = {"url": "https://youtu.be/abcdefghijk?t=3", "timestamp": "00:10,00:20"}
+    assert "abcdefghijk" in (found.find(sample(meta=spot)) or "")
+    assert found.find(sample(meta=spot | {"timestamp": "01:10,01:20"})) is None
+    soundfile.write(tmp_path / "copy.flac", soundfile.read(tmp_path / "held.wav")[0], 16_000, subtype="PCM_16")
+    assert "sound" in (found.find(sample(audio_sha256=filters.audio_hash(str(tmp_path / "copy.flac")))) or "")
+    asked = "How many seconds pass between the very first knock and the last of the church bells?"
+    assert "nearly the same" in (found.find(sample(question=asked)) or "")
+
+
+WORDS = st.sets(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=12)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=8))
+def test_the_search_for_alike_questions_misses_none_that_comparing_them_all_finds(
+    words: set[str], others: list[set[str]]
+) -> None:
+    found = filters.Contamination([], jaccard=0.8)
+    for number, other in enumerate(others):
+        found.add_question(frozenset(other), str(number))
+    alike = any(len(words & other) / len(words | other) >= 0.8 for other in others)
+    assert (found.alike_question(frozenset(words)) is not None) == alike
+
+
+def test_every_threshold_of_the_file_is_read_and_a_misspelt_one_is_refused() -> None:
+    assert limits().model_fields_set == set(Limits.model_fields)
+    assert limits(near_duplicate={"scope": "recording"}).near_duplicate.n_grams == 5
+    with pytest.raises(ValueError, match="max_overlapp"):
+        limits(max_overlapp=0.1)
+    assert DEFAULT_FILTERS.is_file()
