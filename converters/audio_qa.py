@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +44,8 @@ class Reason(StrEnum):
     """Why a row cannot be used."""
 
     NOT_JSON = "not_json"
+    NOT_A_TABLE = "not_a_table"
+    NOT_A_TEXTGRID = "not_a_textgrid"
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"
     WRONG_TYPE = "wrong_type"
@@ -63,6 +65,9 @@ class Reason(StrEnum):
     AUDIO_UNREADABLE = "audio_unreadable"
     AUDIO_TOO_LONG = "audio_too_long"
     AUDIO_TOO_SHORT = "audio_too_short"
+    LEFT_OUT = "left_out"
+    NOT_WHOLE = "not_a_whole_recording"
+    INCOMPLETE_LABELS = "incomplete_labels"
     NO_THINK = "no_think"
     # What `converters.check` finds in exported files.
     PLACEHOLDER_MISMATCH = "placeholder_mismatch"
@@ -208,6 +213,19 @@ def check_times(record: Record, duration_seconds: float) -> None:
         _check_event_end(event, duration_seconds)
     if isinstance(record, AudioQA) and record.think is not None:
         check_tags(record.think, duration_seconds)
+
+
+def cut_ends(record: Record, duration_seconds: float, tolerance_seconds: float) -> Record:
+    """The record with its events in order, and ends that pass the clip by no more than the tolerance cut to it."""
+    events = [
+        replace(event, end_seconds=duration_seconds)
+        if duration_seconds < event.end_seconds <= duration_seconds + tolerance_seconds
+        and event.start_seconds < duration_seconds
+        else event
+        for event in record.events
+    ]
+    ordered = sorted(events, key=lambda event: (event.start_seconds, event.end_seconds))
+    return replace(record, events=tuple(ordered)) if ordered else record
 
 
 def check_tags(text: str, duration_seconds: float | None) -> None:

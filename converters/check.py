@@ -47,6 +47,7 @@ _TELLING_KEYS = {
     Kind.AUDIO_QA: ("question", "choices", "answer"),
 }
 _PREDICTION_KEYS = ("id", "model_response", "segments", "answer_prediction", "model_prediction", "stop_reason")
+_CHUNK_ROWS = 100
 _PARQUET_MAGIC = b"PAR1"
 
 app = conversion.new_command()
@@ -75,7 +76,7 @@ def main(
             read = 0
             chunks = ordered_map(
                 lambda chunk: [_judged(judge, *numbered) for numbered in chunk],
-                in_chunks(rows, conversion.CHUNK_ROWS),
+                in_chunks(rows, _CHUNK_ROWS),
                 workers,
             )
             for line, row_id, error in chain.from_iterable(chunks):

@@ -19,7 +19,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from converters.atomic import StagedFile
-from converters.audio_qa import AudioQA, Reason, Record, RowError, check_times, parse_row, read_raw
+from converters.audio_qa import (
+    AudioQA,
+    Reason,
+    Record,
+    RowError,
+    check_times,
+    cut_ends,
+    parse_row,
+    read_raw,
+)
 from converters.workers import DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
 from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, parse_fragment, probe, resolve_path
 from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
@@ -27,7 +36,10 @@ from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
 Item = TypeVar("Item")
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
-CHUNK_ROWS = 100  # rows go to the workers in chunks, since a hand-over a row would cost more than judging it
+# Rows go to the workers in chunks, since a hand-over a row would cost more than judging it. Threads get small ones, so
+# that the files of a small manifest are decoded side by side.
+CHUNK_ROWS = 500
+_CHUNK_ROWS_OF_THREADS = 100
 _PROCESSES_FROM_BYTES = 16 << 20  # starting processes takes a second, in which one core converts 20,000 rows
 _CACHED_FILES = 65_536  # probed files remembered: some 30 MB, whatever the length of the manifest
 _LATEST_IDS = 65_536
@@ -87,14 +99,19 @@ class Checked(Generic[AnyRecord]):
 class AudioRoot:
     """The files under one folder. Each is decoded once, however many rows name it."""
 
-    def __init__(self, root: Path, trust_durations: bool = False) -> None:
+    def __init__(self, root: Path, trust_durations: bool = False, cut_ends_seconds: float | None = None) -> None:
         self.root = root.resolve()
+        self._cut_ends_seconds = cut_ends_seconds
         self._trust_durations = trust_durations
         self._locate = lru_cache(_CACHED_FILES)(self._locate_once)
         self._probe = lru_cache(_CACHED_FILES)(self._probe_once)
 
-    def __reduce__(self) -> tuple[type[AudioRoot], tuple[Path, bool]]:
-        return AudioRoot, (self.root, self._trust_durations)  # a worker process has a cache of its own
+    def __reduce__(self) -> tuple[type[AudioRoot], tuple[Path, bool, float | None]]:
+        return AudioRoot, (
+            self.root,
+            self._trust_durations,
+            self._cut_ends_seconds,
+        )  # a worker process has a cache of its own
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,12 +123,15 @@ class AudioRoot:
         return _or_raise(self._probe(relative))
 
     def check(self, record: AnyRecord) -> Checked[AnyRecord]:
-        """Measure the row's audio and hold its times against it. Raises RowError."""
+        """Measure the row's audio and hold its times against it. Events that end within `cut_ends_seconds` after it are
+        cut to it. Raises RowError."""
         if self._trust_durations and record.duration_seconds is not None:
             path = _or_raise(self._locate(record.audio))
             audio = AudioFile(path, round(record.duration_seconds * SAMPLING_RATE))
         else:
             audio = self.measure(record.audio)
+        if self._cut_ends_seconds is not None:
+            record = cut_ends(record, audio.duration_seconds, self._cut_ends_seconds)
         check_times(record, audio.duration_seconds)
         return Checked(record, audio)
 
@@ -175,11 +195,11 @@ class Tally:
 
 
 class SeenIds:
-    """A set of ids that a million rows cost 8 MB: 64-bit hashes, all but the latest in one sorted array."""
+    """A set of ids that a million rows cost 8 MB: 64-bit hashes, all but the latest in a few sorted arrays."""
 
     def __init__(self) -> None:
         self._latest: set[int] = set()
-        self._sorted = np.empty(0, np.int64)
+        self._runs: list[np.ndarray] = []
 
     def add(self, row_id: str) -> bool:
         """False when it was there before."""
@@ -193,15 +213,18 @@ class SeenIds:
             before: set[int] = set()
             new = [place for place in new if not (keys[place] in before or before.add(keys[place]))]
             new = [place for place in new if keys[place] not in self._latest]
-        if len(self._sorted) and new:
+        for run in self._runs if new else []:
             asked = np.array([keys[place] for place in new], np.int64)
-            found = self._sorted[np.minimum(self._sorted.searchsorted(asked), len(self._sorted) - 1)] == asked
+            found = run[np.minimum(run.searchsorted(asked), len(run) - 1)] == asked
             new = [place for place, known in zip(new, found.tolist(), strict=True) if not known]
         self._latest.update(keys[place] for place in new)
         if len(self._latest) >= _LATEST_IDS:
-            self._sorted = np.concatenate([self._sorted, np.fromiter(self._latest, np.int64, len(self._latest))])
-            self._sorted.sort()
-            self._latest = set()
+            run = np.sort(np.fromiter(self._latest, np.int64, len(self._latest)))
+            self._latest.clear()
+            while self._runs and len(self._runs[-1]) <= len(run):  # so that there are few, whatever their number of ids
+                run = np.concatenate([self._runs.pop(), run])
+                run.sort(kind="stable")
+            self._runs.append(run)
         return new
 
 
@@ -291,15 +314,18 @@ class Job:
 class Conversion:
     """The rows of one source on their way into files: refuses an id that came before, keeps the side file, counts."""
 
-    def __init__(self, job: Job, judge: Callable[[list[tuple[int, Numbered]]], Judged], workers: int) -> None:
+    def __init__(
+        self, job: Job, judge: Callable[[list[tuple[int, Numbered]]], Judged], workers: int, chunk_rows: int
+    ) -> None:
         self.job = job
+        self._chunk_rows = chunk_rows
         self.seen = SeenIds()
         self._judge = judge
         self._workers = workers
 
     def write(self, rows: Iterator[Numbered], first_index: int, path: Path, side: BinaryIO, tally: Tally) -> None:
         """Judge `rows` and write the good ones to `path`, in order."""
-        chunks = in_chunks(enumerate(rows, start=first_index), self.job.form.chunk_rows)
+        chunks = in_chunks(enumerate(rows, start=first_index), self._chunk_rows)
         judged = ordered_map(self._judge, chunks, self._workers)
         self.job.form.write((self._new(chunk, side, tally) for chunk in judged), path)
 
@@ -332,9 +358,9 @@ def conversion_of(job: Job, source: Path, workers: int, processes: bool) -> Iter
     """A conversion with its workers: processes where they are allowed and the source is large, otherwise threads."""
     if processes and workers > 1 and source.stat().st_size >= _PROCESSES_FROM_BYTES:
         with in_processes(job, workers) as judge:
-            yield Conversion(job, judge, workers)
+            yield Conversion(job, judge, workers, job.form.chunk_rows)
     else:
-        yield Conversion(job, job, workers)
+        yield Conversion(job, job, workers, min(_CHUNK_ROWS_OF_THREADS, job.form.chunk_rows))
 
 
 def from_manifest(line: int, row: object) -> AudioQA:

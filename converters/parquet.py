@@ -22,7 +22,7 @@ _FLAC_SUBTYPES = {"PCM_U8": "PCM_S8", "PCM_S8": "PCM_S8", "PCM_16": "PCM_16", "P
 _FLAC_CHANNELS = 8
 _GROUP_ROWS = 1_000
 _GROUP_ROWS_EMBEDDED = 100  # some 16 MB of 5 s clips: a reader holds one group in memory
-_CHUNK_ROWS_EMBEDDED = 10  # what crosses between processes at once
+_CHUNK_ROWS_EMBEDDED = 10
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,18 @@ class ParquetRows:
         return packed.take(pa.array(kept, pa.int64()))
 
     def write(self, chunks: Iterator[pa.RecordBatch], path: Path) -> None:
-        """A row group is as many chunks as fill it: the bytes depend on the rows alone, not on who packed them."""
+        """The bytes hang on the rows alone, not on the chunks that they came in."""
         group_rows = _GROUP_ROWS_EMBEDDED if self.embedded else _GROUP_ROWS
         compression = "none" if self.embedded else "zstd"  # encoded audio does not compress further
         with pq.ParquetWriter(path, self.schema, compression=compression) as writer:
-            group: list[pa.RecordBatch] = []
+            rows = pa.Table.from_batches([], self.schema)
             for packed in chunks:
-                group.append(packed)
-                if sum(batch.num_rows for batch in group) >= group_rows:
-                    self._flush(writer, group)
-            self._flush(writer, group)
-
-    def _flush(self, writer: pq.ParquetWriter, group: list[pa.RecordBatch]) -> None:
-        table = pa.Table.from_batches(group, self.schema)
-        group.clear()
-        if table.num_rows:
-            writer.write_table(table, row_group_size=table.num_rows)
+                rows = pa.concat_tables([rows, pa.Table.from_batches([packed])])
+                while rows.num_rows >= group_rows:
+                    writer.write_table(rows.slice(0, group_rows))
+                    rows = rows.slice(group_rows)
+            if rows.num_rows:
+                writer.write_table(rows)
 
 
 def embedded_audio(path: str, name: str) -> dict[str, Any]:

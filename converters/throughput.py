@@ -9,6 +9,7 @@ an exporter and all its worker processes together, sampled. Exit status 1 when a
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -66,6 +67,7 @@ class Measured:
     exporter: str
     rows: int
     seconds: float
+    cpu_seconds: float
     rows_per_second: float
     rate_of_copy: float
     megabytes: float
@@ -95,12 +97,12 @@ def main(
             for key in chosen:
                 words = [*EXPORTERS[key], str(source), str(folder / "out"), "--audio-root", str(folder / "audio")]
                 words += ["--workers", str(workers), "--shard-rows", str(shard_rows)]
-                seconds, megabytes = run(words)
+                seconds, cpu_seconds, megabytes = run(words)
                 after = copy_seconds(original)
                 rate, copy_rate = num_rows / seconds, 2 * num_rows / (before + after)
-                measured.append(Measured(key, num_rows, seconds, rate, rate / copy_rate, megabytes))
+                measured.append(Measured(key, num_rows, seconds, cpu_seconds, rate, rate / copy_rate, megabytes))
                 beside = f"{rate / copy_rate:.2f} of {copy_rate:,.0f} copied rows/s"
-                typer.echo(f"  {key:22} {rate:>9,.0f} rows/s, {beside}, {megabytes:.0f} MB")
+                typer.echo(f"  {key:22} {rate:>9,.0f} rows/s, {beside}, {megabytes:.0f} MB, {cpu_seconds:.0f} CPU s")
                 before = after
     missed = missed_bounds(measured)
     if json:
@@ -184,19 +186,21 @@ def copy_seconds(original: Path) -> float:
     return seconds
 
 
-def run(words: list[str]) -> tuple[float, float]:
-    """Wall seconds of `python -m converters.WORDS`, start and imports included, and its peak memory in MB."""
-    started, peak = time.perf_counter(), 0.0
+def run(words: list[str]) -> tuple[float, float, float]:
+    """Wall and CPU seconds of `python -m converters.WORDS`, start and imports included, and its peak memory in MB."""
+    started, peak, cpu = time.perf_counter(), 0.0, dict[int, float]()
     module, *rest = words
     process = subprocess.Popen([sys.executable, "-m", f"converters.{module}", *rest], stderr=subprocess.PIPE)
     while process.poll() is None:
-        peak = max(peak, sum(map(_megabytes, _family(process.pid))))
+        family = _family(process.pid)
+        peak = max(peak, sum(map(_megabytes, family)))
+        cpu |= {pid: seconds for pid in family if (seconds := _cpu_seconds(pid))}
         time.sleep(_SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     if process.returncode:
         said = process.stderr.read().decode() if process.stderr else ""
         raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}: {said}")
-    return seconds, peak
+    return seconds, sum(cpu.values()), peak
 
 
 def _family(pid: int) -> list[int]:
@@ -216,6 +220,14 @@ def _megabytes(pid: int) -> float:
     except OSError:  # it has just ended
         return 0.0
     return int(text.partition("\nPss:")[2].split()[0]) / 1024 if "\nPss:" in text else 0.0
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system time
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Annotated
 import typer
 
 from converters import conversion
-from converters.audio_qa import AudioQA, Reason, RowError
+from converters.audio_qa import Reason, Record, RowError
 from converters.conversion import AudioRoot
-from converters.importers.jsonl import AnswerForm, record_of
+from converters.importers.answers import AnswerForm
+from converters.importers.mapping import Mapper, Preset
 
 
 class Layout(StrEnum):
@@ -45,13 +46,14 @@ def main(
 
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
-    root = audio_root.resolve()
+    audio = AudioRoot(audio_root)
 
-    def to_record(line: int, row: object) -> AudioQA:
+    def to_record(line: int, row: object) -> Record:
         layout = benchmark if benchmark is not Layout.AUTO else layout_of(row)
-        return record_of(row, {"audio": _AUDIO_KEYS[layout]}, AnswerForm.TEXT, root, f"{source.stem}-{line:07d}")
+        preset = Preset(fields={"audio": _AUDIO_KEYS[layout]}, answer=AnswerForm.TEXT)
+        return Mapper(preset, audio, source.stem).record(line, row)
 
-    conversion.import_records(source, target, rejected, AudioRoot(root), to_record, workers)
+    conversion.import_records(source, target, rejected, audio, to_record, workers)
 
 
 def layout_of(row: object) -> Layout:
