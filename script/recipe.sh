@@ -133,6 +133,7 @@ stage_score() {
     done
   done
   run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
+  run "$PYTHON" -m eval.report "$RUN_DIR" --output "$RUN_DIR/report.html"
 }
 
 main() {
