@@ -85,10 +85,10 @@ def main(
     try:
         rows, left_out = read(files)
     except (RowError, OSError) as error:
-        _errors.print(f"error: {error}")
+        _errors.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
-    for reason, number in left_out.items():
-        _errors.print(f"{number} rows are left out: {reason}")
+    for reason, places in left_out.items():
+        _errors.print(f"{len(places)} rows are left out: {reason}. The first: {places[0]}", markup=False)
     if not rows:
         _errors.print("error: there is no row to score")
         raise typer.Exit(1)
@@ -108,21 +108,22 @@ def main(
                 out.write(orjson.dumps(row_of(row, dict(zip(scores, one_each, strict=True)))) + b"\n")
 
 
-def read(files: Iterable[Path]) -> tuple[list[Recorded], dict[str, int]]:
-    """The recorded outputs, and how many rows are left out for which reason. Raises RowError."""
+def read(files: Iterable[Path]) -> tuple[list[Recorded], dict[str, list[str]]]:
+    """The recorded outputs, and where those are that are left out, by the reason. Raises RowError."""
     rows: list[Recorded] = []
-    left_out: dict[str, int] = defaultdict(int)
+    left_out: dict[str, list[str]] = defaultdict(list)
     for file in files:
         for number, row in _lines(file):
+            where = f"{file}, line {number}"
             if not row.get("ground_truth", row.get("answer")):
-                left_out["they have no right answer, as the rows of a test set whose answers are withheld"] += 1
+                left_out["they have no right answer, as where a benchmark withholds them"].append(where)
                 continue
             try:
                 rows.append(recorded(row))
             except (KeyError, TypeError) as error:
-                raise RowError(f"{file}, line {number}: no trajectory and no prediction ({error!r})") from error
+                raise RowError(f"{where}: no trajectory and no prediction ({error!r})") from error
             except ValueError as error:
-                left_out[f"{error} ({file}, line {number})"] += 1
+                left_out["they cannot be scored"].append(f"{where}: {error}")
     return rows, left_out
 
 

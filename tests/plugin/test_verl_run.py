@@ -3,6 +3,7 @@ given the same command again. One run, looked at from all sides."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,13 +22,25 @@ import soundfile
 import torch
 from omni_rows import warm
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor
 
 from converters.rl_parquet import schema
+from echo_plugins.rewards import load_preset
+from echo_plugins.rewards.explain import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, GROUP, BATCH, RANKS = 3, 4, 4, 2
 QUESTION = "Which? A or B?"
+
+# A reward from outside the repository: the paper's, and a term of one's own.
+MY_TERMS = """
+def brevity(record, most_words: float = 80) -> float:
+    return min(1.0, most_words / max(1, len(record.text.split())))
+"""
+MY_PRESET = """
+terms: {format: 0.5, accuracy: 0.5, segment: 0.5, consistency: 1.0, mine.py:brevity: {weight: 0.2, most_words: 5}}
+"""
 STARTUP_SECONDS = 900  # an idle machine of two cores needs a sixth of it
 
 pytestmark = pytest.mark.timeout(3 * STARTUP_SECONDS)
@@ -89,12 +102,15 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         prompts += [[pieces[0], waveform, pieces[1]] for waveform in waveforms] if len(pieces) == 2 else [pieces]
     model = warm(tiny_model, folder / "warmed", prompts)
     output = folder / "out"
+    (folder / "mine.py").write_text(MY_TERMS)
+    (folder / "mine.yaml").write_text(MY_PRESET)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "RAY_"))},
         **{"MODEL": str(model), "TRAIN_FILE": str(train), "VAL_FILE": str(val), "OUTPUT_DIR": str(output)},
         **{"DEVICE": "cpu", "RL_WORKERS": str(RANKS), "RL_STEPS": str(STEPS), "RL_GROUP": str(GROUP), "RL_LR": "1e-4"},
         **{"RL_BATCH_SIZE": str(BATCH), "RL_MINI_BATCH": str(BATCH // 2), "RL_MAX_PROMPT": "160", "MAX_SEGMENTS": "3"},
         **{"RL_MAX_RESPONSE": "96", "RL_SAVE_FREQ": "1", "RL_TEST_FREQ": str(STEPS), "RL_ARGS": "data.shuffle=False"},
+        **{"REWARD_PRESET": str(folder / "mine.yaml"), "TRACKERS": "tensorboard wandb", "TRAJECTORY_IDS": "True"},
     }
     command = ["bash", str(ROOT / "script" / "stage2_multiturn_rl.sh"), "trainer.val_before_train=False"]
     first_log = kill_after(output / "metrics.jsonl", command, environment, folder / "first.log")
@@ -102,12 +118,13 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     files = sorted(output.glob("metrics*.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    trajectories = {
-        step: [json.loads(line) for line in (output / "trajectories" / f"{step}.jsonl").read_text().splitlines()]
-        for step in range(1, STEPS + 1)
-    }
+    trajectories = {step: read_jsonl(output / "trajectories" / f"{step}.jsonl") for step in range(1, STEPS + 1)}
     metrics = {line["step"]: line["data"] for line in lines}
     return Run(model, output, metrics, trajectories, first_log, done.stdout)
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def kill_after(file: Path, command: list[str], environment: dict[str, str], log: Path) -> str:
@@ -186,6 +203,38 @@ def test_validation_scores_with_the_same_terms_as_training(run: Run) -> None:
     for term in ("format", "accuracy", "segment", "consistency"):
         assert any(name.startswith("val-aux/noise/reward_" + term) for name in last)
     assert any(name.startswith("val-core/noise/acc") for name in last)
+
+
+def test_a_reward_of_ones_own_is_in_the_training_log(run: Run) -> None:
+    for step, rows in run.trajectories.items():
+        paid = [row["components"]["reward_brevity"] for row in rows]
+        assert run.metrics[step]["reward/brevity"] == pytest.approx(sum(paid) / len(paid)) and max(paid) > 0
+    assert any(name.startswith("val-aux/noise/reward_brevity") for name in run.metrics[STEPS])
+
+
+def test_validation_is_logged_as_training_is(run: Run) -> None:
+    rows = read_jsonl(run.output / "validation" / f"{STEPS}.jsonl")
+    assert {row["id"] for row in rows} == {"row-1", "row-2"}
+    assert all(row.keys() == run.trajectories[1][0].keys() for row in rows)
+
+
+def test_the_logged_trajectories_explain_their_scores(run: Run) -> None:
+    """What `python -m echo_plugins.rewards.explain` makes of the log is what training was given."""
+    mine = load_preset(run.output.parent / "mine.yaml")
+    rows = [*itertools.chain(*run.trajectories.values()), *read_jsonl(run.output / "validation" / f"{STEPS}.jsonl")]
+    assert any(row["answer_logprobs"] for row in rows)
+    for row in rows:
+        scored = mine.score(recorded(row).record)
+        assert row["score"] == pytest.approx(scored.score, abs=1e-6) and row["problems"] == {}
+        assert {name: row["components"][f"reward_{name}"] for name in scored.components} == scored.components
+        assert len(row["responses"]) == len(row["response_mask"]) and sum(row["response_mask"]) == row["sampled_tokens"]
+        assert row["audio"] is None or Path(row["audio"]).is_file()
+
+
+def test_verls_trackers_hold_the_components_too(run: Run) -> None:
+    events = EventAccumulator(str(run.output / "tensorboard")).Reload()
+    assert {event.step for event in events.Scalars("reward/brevity")} >= {STEPS}
+    assert list((run.output / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_the_audio_tower_is_frozen_and_the_rest_has_learned(run: Run) -> None:
