@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import multiprocess
 import typer
 import yaml
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -241,6 +242,7 @@ class StageStep(PipelineStep):
                 return [sample.drop(self._stage, "unanswered", str(error))]
 
         started = time.monotonic()
+        watch = asyncio.ensure_future(_end_with_parent())
         async with _clients(placed, context, rank, self._workers) as clients:
             silence = context.config.output / SILENCE
             asker = Asker(
@@ -257,6 +259,7 @@ class StageStep(PipelineStep):
                     for sample in samples:
                         write(_line(sample))
             finally:
+                watch.cancel()
                 if clients:
                     _note_time(placed.folder, rank, time.monotonic() - started, self._workers, clients)
         if unanswered and not self._drop_unanswered:
@@ -264,6 +267,15 @@ class StageStep(PipelineStep):
                 f"{len(unanswered)} rows got no answer ({unanswered[0]}). Give the same command again to ask for them; "
                 "--drop-unanswered goes on without them"
             )
+
+
+async def _end_with_parent() -> None:
+    """A process of a pool ends when the one that started it was killed: it would go on paying, and hold the journal."""
+    parent = os.getppid()
+    while multiprocess.parent_process() is not None and os.getppid() == parent:
+        await asyncio.sleep(_POLL_SECONDS)
+    if multiprocess.parent_process() is not None:
+        os._exit(1)
 
 
 def _line(sample: Sample) -> bytes:
