@@ -139,7 +139,11 @@ async def answer_all(
                 queue.give_back(list(held), str(error))
                 num_in_vain = num_in_vain + 1 if queue.num_finished == finished_before else 0
                 finished_before = queue.num_finished
+                if queue.over.is_set():
+                    return None
                 if not can_restart or not has_run or num_in_vain >= MAX_DEATHS:
+                    if len(starts) > 1:
+                        say(f"engine {number} is given up: {error}")
                     return error
                 say(f"engine {number}: {error}. Its {len(held)} rows are asked again, and another engine is started")
         return None
