@@ -2,8 +2,9 @@
 
     python -m converters.check FILE [--audio-root DIR]
 
-Knows AudioQA manifests, SFT rows (ms-swift JSONL), RL rows (verl Parquet) and predictions (eval). Audio is decoded:
-absolute paths always, relative ones under `--audio-root`.
+Knows AudioQA manifests, labelled audio, SFT rows (ms-swift JSONL), RL rows (verl Parquet) and predictions (eval). Audio
+is decoded: absolute paths always, relative ones under `--audio-root`. Of a folder of shards the manifest's sums are
+checked; give a shard to look at its rows.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from converters import conversion
-from converters.audio_qa import AudioQA, Reason, RowError, check_tags, read_rows
+from converters import conversion, shards
+from converters.audio_qa import AudioQA, LabelledAudio, Reason, RowError, check_tags, read_rows
 from converters.conversion import AudioFile, AudioRoot, SeenIds
 from converters.rl_parquet import schema
 from converters.sft_jsonl import interleave
@@ -35,6 +36,7 @@ class Kind(StrEnum):
     """What a file holds."""
 
     AUDIO_QA = "AudioQA manifest"
+    LABELLED = "labelled audio"
     SFT = "SFT rows (ms-swift)"
     RL = "RL rows (verl)"
     PREDICTION = "predictions"
@@ -45,6 +47,7 @@ _TELLING_KEYS = {
     Kind.SFT: ("messages",),
     Kind.PREDICTION: ("model_response", "stop_reason"),
     Kind.AUDIO_QA: ("question", "choices", "answer"),
+    Kind.LABELLED: ("audio",),
 }
 _PREDICTION_KEYS = ("id", "model_response", "segments", "answer_prediction", "model_prediction", "stop_reason")
 _CHUNK_ROWS = 100
@@ -55,7 +58,9 @@ app = conversion.new_command()
 
 @app.command()
 def main(
-    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="JSONL, JSON or Parquet.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, help="JSONL, JSON or Parquet; or a folder of shards.")
+    ],
     audio_root: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder that relative audio paths start from.")
     ] = None,
@@ -66,6 +71,9 @@ def main(
 
     Exit status: 0 nothing is wrong, 1 something is, 2 wrong usage.
     """
+    if file.is_dir():
+        _check_shards(file)
+        return
     try:
         with conversion.progress(file) as advance:
             kind, rows = _open(file, advance)
@@ -96,9 +104,24 @@ def main(
     typer.echo(f"{file}: {kind}, {read} rows, {problems.total()} with problems")
     for reason, count in problems.most_common():
         typer.echo(f"  {count:>8}  {reason}")
-    if kind is Kind.AUDIO_QA and audio_root is None:
+    if kind in (Kind.AUDIO_QA, Kind.LABELLED) and audio_root is None:
         typer.echo("  the audio was not opened: give --audio-root DIR")
     if problems or not read:
+        raise typer.Exit(1)
+
+
+def _check_shards(folder: Path) -> None:
+    """The bytes and sums that the manifest states; exit status 1 when one is off."""
+    try:
+        manifest = shards.read_manifest(folder)
+    except OSError as error:
+        typer.echo(f"error: {error}; a folder of shards has a manifest once it is whole", err=True)
+        raise typer.Exit(1) from error
+    wrong = [problem for shard in manifest.shards if (problem := shards.problem_of(folder, shard))]
+    for problem in wrong:
+        typer.echo(f"{folder}: {problem}")
+    typer.echo(f"{folder}: {len(manifest.shards)} shards, {manifest.rows} rows, {len(wrong)} with problems")
+    if wrong:
         raise typer.Exit(1)
 
 
@@ -155,11 +178,11 @@ def _parquet_rows(file: Path, advance: Callable[[int], None]) -> Iterator[tuple[
             yield number, row
 
 
-def _audio_qa_judge(audio_root: Path | None) -> Judge:
+def _manifest_judge(audio_root: Path | None, record_type: type[AudioQA] | type[LabelledAudio]) -> Judge:
     audio = AudioRoot(audio_root) if audio_root else None
 
     def judge(row: Any) -> str:
-        record = AudioQA.from_json(row)
+        record = record_type.from_json(row)
         if audio:
             audio.check(record)
         return record.id
@@ -245,7 +268,8 @@ def _prediction_judge(audio_root: Path | None) -> Judge:
 
 
 _JUDGES: dict[Kind, Callable[[Path | None], Judge]] = {
-    Kind.AUDIO_QA: _audio_qa_judge,
+    Kind.AUDIO_QA: lambda audio_root: _manifest_judge(audio_root, AudioQA),
+    Kind.LABELLED: lambda audio_root: _manifest_judge(audio_root, LabelledAudio),
     Kind.SFT: _sft_judge,
     Kind.RL: _rl_judge,
     Kind.PREDICTION: _prediction_judge,

@@ -53,7 +53,7 @@ ImportedArgument = Annotated[
     Path, typer.Argument(metavar="IN", exists=True, dir_okay=False, help="JSONL, or JSON that holds one list of rows.")
 ]
 RecordsArgument = Annotated[
-    Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="AudioQA manifest, written whole or not at all.")
+    Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="The manifest, written whole or not at all.")
 ]
 AudioRootOption = Annotated[
     Path,

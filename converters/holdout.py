@@ -2,8 +2,8 @@
 
     python -m converters.holdout IN.jsonl --rows N --held HELD.jsonl --rest REST.jsonl
 
-Which recordings are held depends on the names of the audio files alone: the same manifest is always divided in the same
-way, and a recording that is added later moves few of the others.
+A recording is what `meta.recording` names, otherwise the audio file. Which ones are held depends on their names alone:
+the same manifest is always divided in the same way, and a recording that is added later moves few of the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(
     rest: Annotated[Path, typer.Option(dir_okay=False, help="Written whole or not at all.")],
 ) -> None:
     """Set rows of an AudioQA manifest aside for evaluation, so that no recording lies on both sides."""
-    counts = Counter(audio_of(line) for line in source.open("rb"))
+    counts = Counter(recording_of_line(line) for line in source.open("rb"))
     chosen = held_recordings(counts, rows)
     if len(chosen) == len(counts):
         typer.echo(f"{source}: holding {rows} rows would leave none; it has {len(counts)} recordings", err=True)
@@ -38,20 +38,23 @@ def main(
     with StagedFile(held) as held_file, StagedFile(rest) as rest_file:
         with held_file.path.open("wb") as held_out, rest_file.path.open("wb") as rest_out:
             for line in source.open("rb"):
-                (held_out if audio_of(line) in chosen else rest_out).write(line.rstrip(b"\n") + b"\n")
+                (held_out if recording_of_line(line) in chosen else rest_out).write(line.rstrip(b"\n") + b"\n")
         held_file.commit()
         rest_file.commit()
     num_held = sum(counts[audio] for audio in chosen)
     typer.echo(f"{held}: {num_held} rows of {len(chosen)} recordings; {rest}: {counts.total() - num_held} rows")
 
 
-def audio_of(line: bytes) -> str | None:
-    """The row's audio path; None for a line that is no such row, which the exporters report and reject."""
+def recording_of_line(line: bytes) -> str | None:
+    """What `audio_qa.recording_of` says of the row; None for a line that is no such row, which the exporters reject."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    return str(row["audio"]) if isinstance(row, dict) and "audio" in row else None
+    if not isinstance(row, dict) or "audio" not in row:
+        return None
+    meta = row.get("meta")
+    return str((meta.get("recording") if isinstance(meta, dict) else None) or row["audio"])
 
 
 def held_recordings(counts: Counter[str | None], num_rows: int) -> set[str | None]:

@@ -122,12 +122,10 @@ class _Folder:
     def _finished(self, number: int) -> Shard | None:
         try:
             record = orjson.loads(self._record(number).read_bytes())
-            shard = Shard(**record["shard"])
-            with (self.folder / shard.file).open("rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except FileNotFoundError:
             return None
-        return shard if record["settings"] == self._settings and sha256 == shard.sha256 else None
+        shard = Shard(**record["shard"])
+        return shard if record["settings"] == self._settings and problem_of(self.folder, shard) is None else None
 
     def write_shard(self, number: int, rows: Iterator[tuple[int, Raw]]) -> Shard:
         """Convert `rows` to the shard of that number. With no row left in the source, nothing is written."""
@@ -143,8 +141,7 @@ class _Folder:
         with StagedFile(file) as staged, StagedFile(tally.side) as staged_side:
             with staged_side.path.open("wb") as side:
                 self._conversion.write(hashed(), number * self._shard_rows, staged.path, side, tally)
-            with staged.path.open("rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            sha256 = _sha256_of(staged.path)
             reasons = {str(reason): number for reason, number in sorted(tally.rejected.items())}
             size = staged.path.stat().st_size
             shard = Shard(file.name, tally.written, size, sha256, tally.read, source.hexdigest(), reasons)
@@ -166,17 +163,10 @@ class _Folder:
         for part in self.folder.glob("part-*"):
             if part.name not in {shard.file for shard in shards}:
                 part.unlink()
-        _write_json(
-            self.folder / MANIFEST,
-            {
-                "source": self._tally.source.name,
-                "settings": self._settings,
-                "source_rows": self._tally.read,
-                "rows": self._tally.written,
-                "rejected": {str(reason): number for reason, number in sorted(self._tally.rejected.items())},
-                "shards": shards,
-            },
-        )
+        tally = self._tally
+        reasons = {str(reason): number for reason, number in sorted(tally.rejected.items())}
+        manifest = Manifest(tally.source.name, self._settings, tally.read, tally.written, reasons, shards)
+        _write_json(self.folder / MANIFEST, manifest)
         shutil.rmtree(self._resume)
 
     def _record(self, number: int) -> Path:
@@ -184,6 +174,38 @@ class _Folder:
 
     def _side(self, number: int) -> Path:
         return self._resume / f"part-{number:05d}.rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says."""
+
+    source: str
+    settings: Mapping[str, Any]
+    source_rows: int
+    rows: int
+    rejected: Mapping[str, int]
+    shards: list[Shard]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises OSError when the folder has none."""
+    value = orjson.loads((folder / MANIFEST).read_bytes())
+    return Manifest(**{**value, "shards": [Shard(**shard) for shard in value["shards"]]})
+
+
+def problem_of(folder: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard's file, in words; None when it is as it was written."""
+    file = folder / shard.file
+    if not file.is_file():
+        return f"{shard.file} is missing"
+    size, sha256 = file.stat().st_size, _sha256_of(file)
+    return None if sha256 == shard.sha256 else f"{shard.file} has {size} bytes with other contents, not {shard.bytes}"
+
+
+def _sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _bytes(raw: Raw) -> bytes:

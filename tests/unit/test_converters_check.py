@@ -75,6 +75,14 @@ def test_a_manifest_is_judged_with_and_without_its_audio(root: Path) -> None:
     assert "AudioQA manifest, 2 rows, 1 with problems" in result.output
 
 
+def test_labelled_audio_is_known_and_judged(root: Path) -> None:
+    labelled = {"id": "x", "audio": "a.wav", "events": [{"label": "dog", "start": 0.5, "end": 1}]}
+    late = labelled | {"id": "y", "events": [{"label": "dog", "start": 0.5, "end": 3}]}
+    result = run(write_rows(root.parent / "m.jsonl", [labelled, late]), "--audio-root", root)
+    assert result.exit_code == 1
+    assert "labelled audio, 2 rows, 1 with problems" in result.output and ":2: y: bad_event" in result.output
+
+
 def test_problems_are_named_by_line_and_all_counted(root: Path) -> None:
     rows = [ROW, {"question": "q?"}, ROW, 3, *[ROW | {"id": str(index), "answer": "x"} for index in range(30)]]
     result = run(write_rows(root.parent / "m.jsonl", rows), "--limit", 3)

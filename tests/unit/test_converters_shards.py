@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from converters import conversion, hf_parquet, rl_parquet, sft_jsonl, shards
 from converters.atomic import StagedFile
+from converters.check import app as check_app
 from converters.throughput import Measured, missed_bounds
 from echo_plugins.audio import load
 
@@ -212,6 +213,24 @@ def test_a_shorter_source_leaves_no_shard_of_the_longer_one(folder: Path) -> Non
         "part-00001.jsonl",
         "rejected.jsonl",
     ]
+
+
+def test_a_shard_that_is_not_as_it_was_written_is_found_by_its_sum(folder: Path) -> None:
+    def check() -> Result:
+        return CliRunner().invoke(check_app, [str(folder / "out")])
+
+    assert check().exit_code == 2
+    (folder / "out").mkdir()
+    assert check().exit_code == 1
+    assert run(sft_jsonl.app, folder, "out", "--shard-rows", 250).exit_code == 0
+    result = check()
+    assert result.exit_code == 0 and "4 shards, 997 rows, 0 with problems" in result.output
+    part = folder / "out/part-00001.jsonl"
+    part.write_bytes(part.read_bytes().replace(b"meows", b"barks", 1))
+    (folder / "out/part-00002.jsonl").unlink()
+    result = check()
+    assert result.exit_code == 1 and "2 with problems" in result.output
+    assert "part-00001.jsonl has" in result.output and "part-00002.jsonl is missing" in result.output
 
 
 def test_a_file_in_the_way_of_the_shards_is_wrong_usage(folder: Path) -> None:

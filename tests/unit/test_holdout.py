@@ -49,3 +49,12 @@ def test_holding_everything_is_refused_and_writes_nothing(source: Path) -> None:
     done, held, rest = hold(source, 60)
     assert done.returncode == 1 and "would leave none" in done.stderr
     assert not held and not rest
+
+
+def test_rows_of_one_named_recording_stay_together(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "audio": f"{n}.wav", "meta": {"recording": f"r{n // 5}"}} for n in range(20)]
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    _, held, rest = hold(source, 4)
+    assert (len(held), len(rest)) == (5, 15)
+    assert not {row["meta"]["recording"] for row in held} & {row["meta"]["recording"] for row in rest}
