@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import orjson
 
@@ -191,6 +191,7 @@ class LabelledAudio:
 
 
 Record = AudioQA | LabelledAudio
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def recording_of(record: Record) -> str:
@@ -215,7 +216,7 @@ def check_times(record: Record, duration_seconds: float) -> None:
         check_tags(record.think, duration_seconds)
 
 
-def cut_ends(record: Record, duration_seconds: float, tolerance_seconds: float) -> Record:
+def cut_ends(record: AnyRecord, duration_seconds: float, tolerance_seconds: float) -> AnyRecord:
     """The record with its events in order, and ends that pass the clip by no more than the tolerance cut to it."""
     events = [
         replace(event, end_seconds=duration_seconds)

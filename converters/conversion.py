@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from converters.atomic import StagedFile
 from converters.audio_qa import (
+    AnyRecord,
     AudioQA,
     Reason,
     Record,
@@ -34,7 +35,6 @@ from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, pars
 from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
 
 Item = TypeVar("Item")
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 # Rows go to the workers in chunks, since a hand-over a row would cost more than judging it. Threads get small ones, so
 # that the files of a small manifest are decoded side by side.

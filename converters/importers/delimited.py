@@ -42,7 +42,7 @@ def main(
     ],
     target: conversion.RecordsArgument,
     audio_root: conversion.AudioRootOption,
-    preset: preset_option("delimited") = None,
+    preset: Annotated[str | None, preset_option("delimited")] = None,
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
     label_map: LabelMapOption = None,
     delimiter: Annotated[

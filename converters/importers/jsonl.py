@@ -32,7 +32,7 @@ def main(
     source: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="JSONL, JSON, or a folder of JSON files.")],
     target: conversion.RecordsArgument,
     audio_root: conversion.AudioRootOption,
-    preset: preset_option("jsonl") = None,
+    preset: Annotated[str | None, preset_option("jsonl")] = None,
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
     answer: Annotated[
         AnswerForm | None,

@@ -105,7 +105,7 @@ def load_preset(name: str | None, format_: str) -> Preset:
 def preset_option(format_: str) -> Any:
     """The `--preset` option of the importer of that format."""
     help_ = f"A data set's own layout: {', '.join(preset_names(format_))}; or a YAML file like those in presets/."
-    return Annotated[str | None, typer.Option(metavar="NAME|FILE.yaml", help=help_)]
+    return typer.Option(metavar="NAME|FILE.yaml", help=help_)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Mapper:
             if name == "minus":
                 value = round(seconds(value, "from") - seconds(self._value(row, argument), "minus"), 6)
             elif name == "labels":
-                value = self.labels.get(value, value)
+                value = self.labels.get(str(value), value)
             elif name == "intervals":
                 value = _intervals(value, self._value(row, argument))
             elif name != "from":

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 from praatio import textgrid
-from praatio.data_classes.interval_tier import IntervalTier
+from praatio.utilities.constants import Interval
 from praatio.utilities.errors import PraatioException
 
 from converters import conversion
@@ -61,9 +61,9 @@ def read_textgrid(file: Path, name: Path, tiers: list[str]) -> dict[str, object]
     events = [
         {"label": entry.label.strip(), "start": entry.start, "end": entry.end, "tier": tier.name}
         for tier in grid.tiers
-        if isinstance(tier, IntervalTier) and (not tiers or tier.name in tiers)
+        if not tiers or tier.name in tiers
         for entry in tier.entries
-        if entry.label.strip()
+        if isinstance(entry, Interval) and entry.label.strip()
     ]
     return {"file": name.with_suffix("").as_posix(), "events": events}
 

@@ -38,9 +38,9 @@ TRAPS = {
 STEMS = (GOOD, OTHER, *TRAPS)
 
 
-def encoded(sound: np.ndarray, **kind: str) -> bytes:
+def encoded(sound: np.ndarray, format: str, subtype: str | None = None) -> bytes:
     stream = io.BytesIO()
-    soundfile.write(stream, sound, 16_000, **kind)
+    soundfile.write(stream, sound, 16_000, format=format, subtype=subtype)
     return stream.getvalue()
 
 
