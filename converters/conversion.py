@@ -435,7 +435,7 @@ def import_records(
 
 def _manifest_line(checked: Checked, index: int) -> bytes:
     record = replace(checked.record, duration_seconds=checked.audio.duration_seconds)
-    return orjson.dumps(record.to_json(), option=orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(record.to_json(), default=str, option=orjson.OPT_APPEND_NEWLINE)
 
 
 @contextmanager

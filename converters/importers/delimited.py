@@ -84,8 +84,8 @@ def read_table(
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     with source.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(_counted(stream, advance), delimiter=delimiter, quoting=quoting)
-        names = columns or _header(reader, header_rows)
         try:
+            names = columns or _header(reader, header_rows)
             for cells in reader:
                 if not cells:
                     continue

@@ -74,26 +74,32 @@ def _data_files(source: Path) -> list[Path]:
 def _rows(files: list[Path], audio_column: str, advance: Callable[[int], None]) -> Iterator[Numbered]:
     number = 0
     for file in files:
-        for batch in _batches(file):
-            if audio_column not in batch.schema.names:
-                names = ", ".join(batch.schema.names)
-                raise typer.BadParameter(
-                    f"{file} has no column {audio_column!r}, only {names}", param_hint="--audio-column"
-                )
+        for batch in _batches(file, audio_column):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
         advance(file.stat().st_size)
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+def _batches(file: Path, audio_column: str) -> Iterator[pa.RecordBatch]:
+    """The rows without what JSON cannot hold, such as images."""
     if file.suffix == ".parquet":
         with pq.ParquetFile(file) as parquet:
-            yield from parquet.iter_batches(_BATCH_ROWS)
+            yield from parquet.iter_batches(_BATCH_ROWS, columns=_columns(parquet.schema_arrow, audio_column))
     else:  # `datasets` writes Arrow streams
         with pa.memory_map(str(file)) as memory, pa.ipc.open_stream(memory) as stream:
+            columns = _columns(stream.schema, audio_column)
             for batch in stream:
-                yield from (batch.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS))
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    yield batch.slice(start, _BATCH_ROWS).select(columns)
+
+
+def _columns(schema: pa.Schema, audio_column: str) -> list[str]:
+    """Raises typer.BadParameter (exit status 2) when the audio's is not among them."""
+    if audio_column not in schema.names:
+        names = ", ".join(schema.names)
+        raise typer.BadParameter(f"no column {audio_column!r}, only {names}", param_hint="--audio-column")
+    return [column.name for column in schema if column.name == audio_column or "binary" not in str(column.type)]
 
 
 def _audio_path(value: dict[str, Any], root: Path, folder: str, name: str) -> str:

@@ -62,7 +62,8 @@ def main(
 
 def _files(source: Path, advance: Callable[[int], None]) -> Iterator[Numbered]:
     if source.is_dir() or source.suffix == ".jams":
-        for number, file in enumerate(sorted(source.glob("*.j*")) if source.is_dir() else [source], start=1):
+        files = sorted([*source.glob("*.json"), *source.glob("*.jams")]) if source.is_dir() else [source]
+        for number, file in enumerate(files, start=1):
             row = parse_row(file.read_bytes())
             yield number, row | {"file": file.stem} if isinstance(row, dict) else row
     else:

@@ -74,13 +74,15 @@ def record_of_cut(cut: object, root: Path) -> Record:
     if start or abs(duration - whole) > END_TOLERANCE_SECONDS:
         detail = f"{duration:g} s from {start:g} s of a recording of {whole:g} s: write the cuts out (save_audios)"
         raise RowError(Reason.NOT_WHOLE, detail)
-    supervisions = cut.get("supervisions") or []
+    supervisions, custom = cut.get("supervisions") or [], cut.get("custom") or {}
+    if not isinstance(supervisions, list) or not isinstance(custom, dict):
+        raise RowError(Reason.WRONG_TYPE, "'supervisions' is a list, 'custom' an object")
     row = {
         "id": cut.get("id"),
         "audio": relative_audio(str(look_up(sources[0], "source")), root),
         "duration": duration,
         "events": [_event(supervision) for supervision in supervisions],
-        "meta": {"recording": look_up(cut, "recording.id"), "domain": "speech", **(cut.get("custom") or {})},
+        "meta": {"recording": look_up(cut, "recording.id"), "domain": "speech", **custom},
     }
     texts = [supervision["text"] for supervision in supervisions if supervision.get("text")]
     if texts:

@@ -132,12 +132,17 @@ class Mapper:
         whole: what it lacks would pass for silence. All clips are held in memory."""
         clips: dict[str, tuple[int, dict[str, Any]]] = {}
         spoilt: dict[str, int] = {}
+        num_rows = 0
         for line, row in rows:
+            num_rows += 1
             try:
                 if isinstance(row, RowError):
                     raise row
                 found = self._found(line, row)
-                audio = str(found.get("audio"))
+                if not isinstance(audio := found.get("audio"), str):
+                    raise RowError(
+                        Reason.MISSING_FIELD, f"no audio in the row, which has {sorted(map(str, row))}"[:200]
+                    )
                 try:
                     event = self._event(row, None)
                 except RowError:
@@ -150,6 +155,7 @@ class Mapper:
             if event is not None:
                 clip["events"].append(event)
             _gather(clip.get("meta", {}), found.get("meta", {}))
+        typer.echo(f"{self.name}: {num_rows} rows, gathered to {len(clips)} clips", err=True)
         for audio, (line, clip) in clips.items():
             if audio in spoilt:
                 yield line, RowError(Reason.INCOMPLETE_LABELS, f"{audio}: line {spoilt[audio]} of the same clip is bad")

@@ -565,7 +565,13 @@ def test_hugging_face_audio_is_written_out_undecoded(
     root = place(tmp_path, {}, wav)
     root.mkdir()
     rows = [
-        {"sound": {"bytes": sounds[stem], "path": wav(stem)}, "query": "q?", "options": ["a", "b"], "answer": "B"}
+        {
+            "picture": {"bytes": b"x"},
+            "sound": {"bytes": sounds[stem], "path": wav(stem)},
+            "query": "q?",
+            "options": ["a", "b"],
+            "answer": "B",
+        }
         for stem in STEMS
     ]
     folder, target = tmp_path / "set", tmp_path / "mine.jsonl"
