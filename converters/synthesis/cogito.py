@@ -102,9 +102,8 @@ async def think(sample: Sample, asker: Asker, context: Context) -> list[Sample]:
             sample.without_think("think", "answer_consistency", f"it came to {said!r}, the key is {sample.answer!r}")
         ]
     sample = sample.model_copy(update={"think": reasoning})
-    limits = context.config.limits()
     for rule in filters.THINK_FILTERS:
-        if (wrong := rule(sample, limits)) is not None:
+        if (wrong := rule(sample, context.limits)) is not None:
             return [sample.without_think("think", rule.__name__, wrong)]
     return [sample]
 

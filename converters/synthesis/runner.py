@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,10 +45,11 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from converters import conversion
 from converters.atomic import StagedFile
 from converters.synthesis.asker import SILENCE, Asker, Unanswered, Unusable, write_silence
-from converters.synthesis.config import Config, ConfigError, Endpoint, ExecutorKind, read_config
+from converters.synthesis.config import Config, ConfigError, Endpoint, ExecutorKind, Limits, read_config
 from converters.synthesis.sample import Sample
 from converters.synthesis.templates import Prompts
-from echo_plugins.chat_client import ChatClient, ChatError, Limits
+from echo_plugins.chat_client import ChatClient, ChatError
+from echo_plugins.chat_client import Limits as ServerLimits
 
 # datatrove would log every task to stderr at length; what goes wrong is told once, by `run`.
 logger.disable("datatrove")
@@ -55,6 +58,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _WINDOW_PER_REQUEST = 2  # rows in hand for each request in flight, so that a slow one does not hold up the others
 _HASH_CHARS = 10
 _POLL_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StageError(RuntimeError):
@@ -66,7 +70,7 @@ class Context:
     """What a stage's work may look at."""
 
     config: Config
-    prompts: Prompts
+    limits: Limits
     folder: Path
 
 
@@ -183,7 +187,9 @@ class StageStep(PipelineStep):
 
     type = "synthesis"
 
-    def __init__(self, module: str, stage: str, config_file: str, workers: int, drop_unanswered: bool) -> None:
+    def __init__(
+        self, module: str, stage: str, config_file: str, workers: int, drop_unanswered: bool, owner: int | None
+    ) -> None:
         self.name = stage
         super().__init__()
         self._module = module
@@ -191,6 +197,7 @@ class StageStep(PipelineStep):
         self._config_file = config_file
         self._workers = workers
         self._drop_unanswered = drop_unanswered
+        self._owner = owner  # process id of the run, where its tasks are on the same machine
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
         """Raises StageError, after as much was done and written down as could be."""
@@ -201,13 +208,13 @@ class StageStep(PipelineStep):
         complaint = placed.folder / "errors" / f"{rank:05d}.txt"
         complaint.unlink(missing_ok=True)
         try:
-            self._work(placed, Context(config, prompts, placed.folder), rank, world_size)
+            self._work(placed, Context(config, config.limits(), placed.folder), prompts, rank, world_size)
         except (ChatError, ConfigError, StageError, OSError) as error:
             complaint.parent.mkdir(parents=True, exist_ok=True)
             complaint.write_text(f"{error}\n", encoding="utf-8")
             raise StageError(str(error)) from error
 
-    def _work(self, placed: Placed, context: Context, rank: int, tasks: int) -> None:
+    def _work(self, placed: Placed, context: Context, prompts: Prompts, rank: int, tasks: int) -> None:
         stage = placed.stage
         if stage.whole is not None:
             assert placed.before is not None
@@ -221,10 +228,12 @@ class StageStep(PipelineStep):
                     for sample in stage.source(context, rank, tasks):
                         out.write(_line(sample))
                 else:
-                    asyncio.run(self._ask(placed, context, rank, out.write))
+                    asyncio.run(self._ask(placed, context, prompts, rank, out.write))
             staged.commit()
 
-    async def _ask(self, placed: Placed, context: Context, rank: int, write: Callable[[bytes], object]) -> None:
+    async def _ask(
+        self, placed: Placed, context: Context, prompts: Prompts, rank: int, write: Callable[[bytes], object]
+    ) -> None:
         assert placed.before is not None and placed.stage.rows is not None
         work = placed.stage.rows
         unanswered: list[str] = []
@@ -242,22 +251,24 @@ class StageStep(PipelineStep):
                 return [sample.drop(self._stage, "unanswered", str(error))]
 
         started = time.monotonic()
-        watch = asyncio.ensure_future(_end_with_parent())
+        watch = asyncio.ensure_future(_end_with(self._owner))
         async with _clients(placed, context, rank, self._workers) as clients:
             silence = context.config.output / SILENCE
             asker = Asker(
                 self._stage,
                 list(zip(placed.endpoints, clients, strict=True)),
-                context.prompts,
+                prompts,
                 context.config.seed,
                 context.config.audio_root,
                 silence,
             )
             room = max(1, _WINDOW_PER_REQUEST * sum(client.limits.concurrency for client in clients))
             try:
-                async for samples in _in_order(one, read_samples(rows_file(placed.before, rank)), room):
-                    for sample in samples:
-                        write(_line(sample))
+                before = read_samples(rows_file(placed.before, rank))
+                async with contextlib.aclosing(_in_order(one, before, room)) as results:
+                    async for samples in results:
+                        for sample in samples:
+                            write(_line(sample))
             finally:
                 watch.cancel()
                 if clients:
@@ -269,13 +280,19 @@ class StageStep(PipelineStep):
             )
 
 
-async def _end_with_parent() -> None:
-    """A process of a pool ends when the one that started it was killed: it would go on paying, and hold the journal."""
+async def _end_with(owner: int | None) -> None:
+    """End a process of a pool when the one that started it, or the run, was killed: it would go on paying."""
     parent = os.getppid()
-    while multiprocess.parent_process() is not None and os.getppid() == parent:
+    while multiprocess.parent_process() is not None:
+        if os.getppid() != parent or (owner is not None and not Path(f"/proc/{owner}").exists()):
+            os._exit(1)
         await asyncio.sleep(_POLL_SECONDS)
-    if multiprocess.parent_process() is not None:
-        os._exit(1)
+
+
+def _end_helpers_with_this_process() -> None:
+    """datatrove starts a multiprocessing manager, which would outlive a run that is killed."""
+    prctl = ctypes.CDLL(None).prctl
+    os.register_at_fork(after_in_child=lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 def _line(sample: Sample) -> bytes:
@@ -284,7 +301,7 @@ def _line(sample: Sample) -> bytes:
 
 async def _in_order(
     function: Callable[[Sample], Awaitable[list[Sample]]], samples: Iterator[Sample], room: int
-) -> AsyncIterator[list[Sample]]:
+) -> AsyncGenerator[list[Sample], None]:
     """`function` of every row, in order, `room` of them in hand at once. The first error ends the others."""
     pending: deque[asyncio.Future[list[Sample]]] = deque()
     try:
@@ -307,7 +324,7 @@ async def _clients(placed: Placed, context: Context, rank: int, workers: int) ->
         clients = []
         for number, endpoint in enumerate(placed.endpoints):
             rate = endpoint.requests_per_minute
-            limits = Limits(
+            limits = ServerLimits(
                 concurrency=max(1, endpoint.concurrency // workers),
                 requests_per_minute=rate / workers if rate else None,
                 timeout_seconds=endpoint.timeout_seconds,
@@ -357,6 +374,8 @@ def run(module: str, config_file: Path, names: Sequence[str], drop_unanswered: b
     if config.executor.kind is ExecutorKind.SLURM:
         _submit(module, chosen, config, frozen, drop_unanswered)
         return chosen
+    if config.executor.kind is ExecutorKind.LOCAL:
+        _end_helpers_with_this_process()
     for stage in chosen:
         _run_stage(module, stage, config, frozen, drop_unanswered)
     return chosen
@@ -402,7 +421,8 @@ def _executor(
     module: str, placed: Placed, config: Config, frozen: Path, drop_unanswered: bool, **more: Any
 ) -> PipelineExecutor:
     workers = min(config.executor.workers, placed.tasks)
-    step = StageStep(module, placed.stage.name, str(frozen), workers, drop_unanswered)
+    owner = os.getpid() if config.executor.kind is ExecutorKind.LOCAL else None
+    step = StageStep(module, placed.stage.name, str(frozen), workers, drop_unanswered, owner)
     options = {"tasks": placed.tasks, "workers": workers, "logging_dir": str(placed.folder), **more}
     if config.executor.kind is ExecutorKind.RAY:
         return RayPipelineExecutor([step], **options, **config.executor.options)
@@ -438,8 +458,11 @@ def _submit(module: str, chosen: list[Placed], config: Config, frozen: Path, dro
     for placed in chosen:
         if not placed.finished:
             depends = _executor(module, placed, config, frozen, drop_unanswered, depends=depends)
-    if depends is not None:
-        depends.run()
+    if depends is None:
+        typer.echo(f"all done before, in {config.output}", err=True)
+        return
+    depends.run()
+    typer.echo(f"submitted; the files will be in {config.output}", err=True)
 
 
 def _join_ray(address: str | None) -> None:

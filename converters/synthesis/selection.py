@@ -49,7 +49,7 @@ def select(samples: Iterator[Sample], context: Context) -> None:
                 out.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         held = held_recordings(recordings, config.validation_rows) if config.validation_rows else set()
         written: Counter[str] = Counter()
-        shape = Shape(config.limits().num_choices)
+        shape = Shape(context.limits.num_choices)
         with ExitStack() as files:
             outs = {name: files.enter_context(staged[name].path.open("wb")) for name in FILES}
             for sample in _read(staged["kept"].path):
@@ -60,7 +60,7 @@ def select(samples: Iterator[Sample], context: Context) -> None:
                 shape.add(sample)
         for name in (*FILES, "dropped"):
             staged[name].commit()
-    summary = summarise(config.output, dict(dropped), {name: written[name] for name in FILES}, shape, config.limits())
+    summary = summarise(config.output, dict(dropped), {name: written[name] for name in FILES}, shape, context.limits)
     write_summary(summary, folder / "summary.json")
     write_report(summary, folder, config, folder / "report.html")
 
@@ -72,7 +72,7 @@ def _read(file: Path) -> Iterator[Sample]:
 
 
 def _judged(samples: Iterator[Sample], context: Context) -> Iterator[Sample]:
-    limits = context.config.limits()
+    limits = context.limits
     duplicates = Duplicates(limits.near_duplicate)
     contamination = Contamination(context.config.benchmarks, limits.contamination_jaccard)
     of_recording: Counter[str] = Counter()

@@ -135,7 +135,7 @@ def evidence(sample: Sample) -> dict[str, Any]:
 
 async def check(sample: Sample, asker: Asker, context: Context) -> list[Sample]:
     """The filters of a row, before anything more is paid for it."""
-    limits = context.config.limits()
+    limits = context.limits
     for judge in filters.QUESTION_FILTERS:
         if (wrong := judge(sample, limits)) is not None:
             return [sample.drop("check", judge.__name__, wrong)]
@@ -214,7 +214,7 @@ def chosen(content: str, choices: list[str]) -> int | None:
 
 
 def _dropped_by(judge: filters.RowFilter, stage: str, sample: Sample, context: Context) -> Sample:
-    wrong = judge(sample, context.config.limits())
+    wrong = judge(sample, context.limits)
     return sample if wrong is None else sample.drop(stage, judge.__name__, wrong)
 
 

@@ -48,7 +48,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
 
 def context_of(file: Path) -> Context:
     config = read_config(file)
-    return Context(config, Prompts(), config.output)
+    return Context(config, config.limits(), config.output)
 
 
 @pytest.mark.parametrize("name", ["eaqa", "cogito"])
