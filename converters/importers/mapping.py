@@ -217,9 +217,11 @@ class Mapper:
         start = seconds(found.get("start"), "start")
         span = found.pop("duration", None)
         end = seconds(found.get("end"), "end") if span is None else start + seconds(span, "duration")
+        if not isinstance(found.get("label"), str):
+            raise RowError(Reason.BAD_EVENT, f"the label is a text, this is {str(found.get('label'))[:80]}")
         if not 0 <= start < end:
             raise RowError(Reason.BAD_EVENT, f"0 <= start < end is needed, in seconds: {start:g} to {end:g}")
-        return found | {"label": found.get("label"), "start": start, "end": round(end, 6)}
+        return found | {"start": start, "end": round(end, 6)}
 
     def _value(self, row: Any, spec: Any) -> Any:
         if isinstance(spec, list):

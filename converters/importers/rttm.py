@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from converters import conversion
-from converters.audio_qa import Reason, Record, RowError
+from converters.audio_qa import Record
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.mapping import MapOption, Mapper, Preset, record_of_clip
 
@@ -32,7 +32,6 @@ _COLUMNS = {
     Lines.RTTM: ("type", "file", "channel", "start", "duration", "text", "subtype", "speaker", "confidence"),
     Lines.CTM: ("file", "channel", "start", "duration", "word", "confidence"),
 }
-_NEEDED = {Lines.RTTM: 8, Lines.CTM: 5}
 _LABEL = {Lines.RTTM: "speaker", Lines.CTM: "word"}
 _NOT_GIVEN = ("<NA>", "NA")
 
@@ -68,7 +67,8 @@ def main(
         if isinstance(clip, dict):
             clip["meta"] = {"domain": "speech"}
             if kind is Lines.CTM:
-                clip["meta"]["transcript"] = " ".join(event["label"] for event in clip["events"])
+                words = sorted(clip["events"], key=lambda event: event["start"])
+                clip["meta"]["transcript"] = " ".join(event["label"] for event in words)
         return record_of_clip(line, clip)
 
     conversion.import_records(source, target, rejected, audio, to_record, workers, rows)
@@ -81,12 +81,6 @@ def read_lines(source: Path, kind: Lines, advance: Callable[[int], None]) -> Ite
             advance(len(line))
             words = line.split()
             if not words or line.startswith(";;") or (kind is Lines.RTTM and words[0] != "SPEAKER"):
-                continue
-            if len(words) < _NEEDED[kind]:
-                yield (
-                    number,
-                    RowError(Reason.MISSING_FIELD, f"{len(words)} fields, {kind} has {_NEEDED[kind]}: {line[:80]!r}"),
-                )
                 continue
             pairs = zip(_COLUMNS[kind], words, strict=False)
             yield number, {name: word for name, word in pairs if word not in _NOT_GIVEN}

@@ -454,21 +454,22 @@ def test_speaker_turns_are_gathered_by_file(tmp_path: Path, sounds: dict[str, by
     result = run(rttm.app, source, target, "--audio-root", root)
     turns = [{"label": who, "start": at, "end": at + 0.5, "kind": "speech"} for at, who in ((0.0, "s1"), (1.0, "s2"))]
     good = {"id": GOOD, "audio": wav(GOOD), "events": turns, "duration": 2.0, "meta": {"domain": "speech"}}
-    judge(result, target, good, Counter(missing_field=1, bad_event=1))
+    judge(result, target, good, Counter(bad_event=2, incomplete_labels=1))
+    assert [record["id"] for record in rows_of(target)] == [GOOD]  # the other clip has a line that stops short
 
 
 def test_timed_words_become_events_and_a_transcript(tmp_path: Path, sounds: dict[str, bytes | None]) -> None:
     root = place(tmp_path, sounds, wav)
     lines = [f"{stem} 1 {at} 0.25 {word} 0.9" for stem in STEMS for at, word in ((0.5, "good"), (1.0, "day"))]
     source, target = tmp_path / "in.ctm", tmp_path / "out.jsonl"
-    source.write_text("\n".join([*lines, f"{OTHER} A 0.1 1.2.3 x", ""]))
+    source.write_text("\n".join([*reversed(lines), f"{OTHER} A 0.1 1.2.3 x", "y A 0.1 1", ""]))
     result = run(rttm.app, source, target, "--audio-root", root)
     words = [
         {"label": word, "start": at, "end": at + 0.25, "kind": "speech"} for at, word in ((0.5, "good"), (1.0, "day"))
     ]
     meta = {"domain": "speech", "transcript": "good day"}
     good = {"id": GOOD, "audio": wav(GOOD), "events": words, "duration": 2.0, "meta": meta}
-    judge(result, target, good, Counter(bad_event=1, incomplete_labels=1))
+    judge(result, target, good, Counter(bad_event=2, incomplete_labels=1))
 
 
 TEXT_GRID = """File type = "ooTextFile"

@@ -19,7 +19,7 @@ import soundfile
 import typer
 from typer.testing import CliRunner, Result
 
-from converters import conversion, hf_parquet, rl_parquet, sft_jsonl, shards
+from converters import conversion, hf_parquet, parquet, rl_parquet, sft_jsonl, shards
 from converters.atomic import StagedFile
 from converters.check import app as check_app
 from converters.throughput import Measured, missed_bounds
@@ -94,8 +94,9 @@ def test_shards_hold_the_rows_of_one_file_and_a_manifest_with_their_sums(folder:
 
 @pytest.mark.parametrize("name", APPS)
 def test_worker_processes_write_what_threads_write(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_GROUP_ROWS", 70)
     assert run(APPS[name], folder, "threads", "--shard-rows", 400, "--workers", 2).exit_code == 0
-    monkeypatch.setattr(conversion, "_PROCESSES_FROM_BYTES", 0)
+    monkeypatch.setattr(conversion, "_PROCESSES_FROM_BYTES", 0)  # and chunks of another size: the groups stay
     started: list[int] = []
     real = conversion.in_processes
     monkeypatch.setattr(conversion, "in_processes", lambda job, count: started.append(count) or real(job, count))
