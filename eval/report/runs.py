@@ -160,7 +160,8 @@ def read_run(
     ]
     rl = next((at for at in (run, run / "rl") if (at / "trajectories").is_dir() or (at / "validation").is_dir()), None)
     if rl:
-        questions = Questions.read(*((audio_qa, audio_root) if audio_qa else _recorded_questions(rl.parent)))
+        recorded, recorded_root = _recorded_questions(rl.parent)
+        questions = Questions.read(audio_qa or recorded, audio_root or recorded_root)
         for folder, name in (("validation", "RL validation"), ("trajectories", "RL training")):
             steps = {int(file.stem): file for file in (rl / folder).glob("*.jsonl") if file.stem.isdigit()}
             if steps:
@@ -408,7 +409,7 @@ def _trajectory_set(steps: Mapping[int, Path], name: str, limit: int, questions:
         {"step": [_step_tally(step, [row for row in scored if row.labels["step"] == [str(step)]]) for step in shown]},
         len(segments),
         None if unknown else sum(bool(segment.inserted) for segment in segments),
-        dict(Counter(segment.refusal for segment in segments if segment.refusal)),
+        dict(Counter(reason for segment in segments if (reason := segment.refusal))),
         remarks,
     )
 
