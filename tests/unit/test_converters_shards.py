@@ -92,7 +92,7 @@ def test_shards_hold_the_rows_of_one_file_and_a_manifest_with_their_sums(folder:
         assert rows == pq.read_table(folder / "one").to_pylist()
 
 
-@pytest.mark.parametrize("name", APPS)
+@pytest.mark.parametrize("name", ["sft_jsonl", "rl_parquet"])
 def test_worker_processes_write_what_threads_write(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "_GROUP_ROWS", 70)
     assert run(APPS[name], folder, "threads", "--shard-rows", 400, "--workers", 2).exit_code == 0
