@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,8 @@ def _candidate(item: Item, row: Mapping[str, Any], rubrics: Path) -> Candidate:
     thinking, said = row.get("thinking_prediction") or "", answer_of(row)
     if not isinstance(thinking, str):
         raise PredictionsError(f"row {item.id!r}: 'thinking_prediction' must be text, not {thinking!r}")
-    fields = {**(item.row.get("meta") or {}), **item.row}
+    meta = item.row.get("meta")
+    fields = {**(meta if isinstance(meta, dict) else {}), **item.row}
     reference = fields.get("thinking", fields.get("think", ""))
     try:
         criteria = criteria_of(fields.get("rubric"))
@@ -200,7 +202,7 @@ def submission_problems(rows: Sequence[Mapping[str, Any]], ids: Sequence[str]) -
         yield f"{len(missing)} rows are missing: {_some(sorted(missing))}"
     if unknown := set(given) - set(ids):
         yield f"{len(unknown)} rows are no items of the benchmark: {_some(sorted(unknown))}"
-    if twice := {row_id for row_id in given if given.count(row_id) > 1} if len(set(given)) < len(given) else set():
+    if twice := [row_id for row_id, count in Counter(given).items() if count > 1]:
         yield f"{len(twice)} rows are there more than once: {_some(sorted(twice))}"
     for key in ("thinking_prediction", "answer_prediction"):
         if bad := [str(row.get("id")) for row in rows if not isinstance(row.get(key), str)]:
@@ -229,7 +231,6 @@ async def _judge_all(
     """The replies on each case, none where there is no case. Raises ChatError."""
     number = judgements * sum(case is not None for case in cases)
     _say(f"{len(cases)} items, {number // judgements} with the right answer: {number} judgements")
-    replies: list[list[Reply]] = []
     async with client:
         with progress(_console, "judging", "judgements", number) as advance:
             try:
@@ -247,8 +248,7 @@ async def _judge_all(
                     ]
             except* ChatError as failed:
                 raise failed.exceptions[0] from None
-        replies = [[task.result() for task in each] for each in tasks]
-    return replies
+        return [[task.result() for task in each] for each in tasks]
 
 
 def _judged(candidate: Candidate, case: Case | None, replies: Sequence[Reply]) -> Judged:
