@@ -34,6 +34,8 @@ _LEVELS = ("basic", "expert")
 
 async def caption(sample: Sample, asker: Asker, context: Context) -> list[Sample]:
     """What the audio model hears. Of a clip with beats and chords only the description is asked for."""
+    if not sample.events and not is_music(sample):
+        return [sample.drop("caption", "no_labelled_times", "segments can only be named where something has a time")]
     names = ["description"] if is_music(sample) else ["description", "speech", "music"]
     answered = await together(asker.ask(sample, f"eaqa/{name}", {}, _caption, sound=True) for name in names)
     said = {name: answer.value for name, answer in zip(names, answered, strict=True) if answer.value}

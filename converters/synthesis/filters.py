@@ -33,6 +33,7 @@ from echo_plugins.relisten.transcript import parse
 RowFilter = Callable[[Sample, Limits], str | None]
 
 _WORD = re.compile(r"[^\W_]+")
+_LETTERED = re.compile(r"\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)s?\s+\(?(?:[A-D]|[1-4])\b|\([A-D]\)")
 _ROUNDING = 1e-9  # 1.2 - 1.0 is 0.19999999999999996
 
 
@@ -122,6 +123,12 @@ def think_length(sample: Sample, limits: Limits) -> str | None:
     return f"{count} words; {limits.min_think_words} to {limits.max_think_words} are allowed"
 
 
+def choice_by_letter(sample: Sample, limits: Limits) -> str | None:
+    """It names no choice by its letter. Judged before the choices are shuffled, after which it would name another."""
+    found = _LETTERED.search(sample.think or "")
+    return None if found is None else f"{found[0]!r} names a choice by its place"
+
+
 # ---- the question
 
 
@@ -177,6 +184,7 @@ THINK_FILTERS: tuple[RowFilter, ...] = (
     clip_share,
     event_coverage,
 )
+DRAFT_FILTERS: tuple[RowFilter, ...] = (choice_by_letter, *THINK_FILTERS)
 QUESTION_FILTERS: tuple[RowFilter, ...] = (row_format, number_of_choices, answer_among_choices, answer_length)
 ANSWER_FILTERS: tuple[RowFilter, ...] = (audio_contribution, difficulty)
 

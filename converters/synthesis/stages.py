@@ -134,17 +134,15 @@ def evidence(sample: Sample) -> dict[str, Any]:
 
 
 async def check(sample: Sample, asker: Asker, context: Context) -> list[Sample]:
-    """The filters of a row, before anything more is paid for it."""
-    limits = context.limits
-    for judge in filters.QUESTION_FILTERS:
-        if (wrong := judge(sample, limits)) is not None:
-            return [sample.drop("check", judge.__name__, wrong)]
+    """The filters of a row, before anything more is paid for it; then its choices in an order of ours."""
+    for rule in filters.QUESTION_FILTERS:
+        if (wrong := rule(sample, context.limits)) is not None:
+            return [sample.drop("check", rule.__name__, wrong)]
+    for rule in filters.DRAFT_FILTERS:
+        if sample.think is not None and (wrong := rule(sample, context.limits)) is not None:
+            sample = sample.without_think("check", rule.__name__, wrong)
     place = {"drafted_place": sample.choices.index(sample.answer or "")}
-    sample = filters.shuffled(sample, context.config.seed).model_copy(update=place)
-    for judge in filters.THINK_FILTERS:
-        if sample.think is not None and (wrong := judge(sample, limits)) is not None:
-            sample = sample.without_think("check", judge.__name__, wrong)
-    return [sample]
+    return [filters.shuffled(sample, context.config.seed).model_copy(update=place)]
 
 
 class Verdict(BaseModel):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import synthesis_run
-from misbehaving_server import misbehaving_server
-from rule_models import RuleModels
+from misbehaving_server import Behaviour, Failure, Request, misbehaving_server
+from rule_models import RuleModels, text_of
 from synthesis_run import ASKING, CONCURRENCY, clips_of, kill_when, rows, timeless, write_config, written
 
 NUM_CLIPS = 8
@@ -62,13 +62,43 @@ def test_killed_in_every_stage_no_row_is_lost_or_twice_and_only_what_was_in_flig
     assert after["sft"] and after["rl"]
 
 
+def test_a_server_that_is_down_costs_nothing_and_the_same_command_goes_on(soundscapes: Path, tmp_path: Path) -> None:
+    clips_of(soundscapes, tmp_path / "clips.jsonl", NUM_CLIPS)
+    models = RuleModels()
+    up = False
+
+    def script(request: Request) -> Behaviour:
+        down = not up and "You check material" in text_of(request)
+        return Failure(503) if down else models(request)
+
+    with misbehaving_server(script) as server:
+        config = write_config(tmp_path, "eaqa", server.url, soundscapes)
+        refused = synthesis_run.run("eaqa", config)
+        assert refused.returncode == 1
+        assert "judge" in refused.stderr and "Give the same command again" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        up = True
+        done = synthesis_run.run("eaqa", config)
+    assert done.returncode == 0, done.stderr
+    assert max(models.paid.values()) == 1
+    assert not [row for row in written(tmp_path / "run")["dropped"] if row["reason"] == "unanswered"]
+
+
 def test_what_the_pipeline_makes_is_taken_by_both_exporters(soundscapes: Path, tmp_path: Path) -> None:
     clips_of(soundscapes, tmp_path / "clips.jsonl", NUM_CLIPS)
+    music, *others = rows(tmp_path / "clips.jsonl")
+    clips = [music | {"meta": {"tempo": 96, "key": "A minor"}}, *others]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in clips))
     with misbehaving_server(RuleModels()) as server:
-        config = write_config(tmp_path, "eaqa", server.url, soundscapes)
+        config = write_config(tmp_path, "eaqa", server.url, soundscapes, validation_rows=2)
         done = synthesis_run.run("eaqa", config)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
+    made = written(run)
+    assert {f"{music['id']}-basic", f"{music['id']}-expert"} <= {row["id"] for name in made for row in made[name]}
+    assert len(made["validation"]) >= 2
+    held = {row["audio"] for row in made["validation"]}
+    assert not held & {row["audio"] for row in made["sft"] + made["rl"]}
     for module, source, target in (
         ("converters.sft_jsonl", "sft", "sft-rows.jsonl"),
         ("converters.rl_parquet", "rl", "rl-rows.parquet"),

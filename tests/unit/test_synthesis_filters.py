@@ -73,6 +73,12 @@ def test_each_defect_of_a_chain_of_thought_is_named_by_its_filter(old: str, new:
     assert name in objections(sample(GOOD.replace(old, new)), filters.THINK_FILTERS)
 
 
+def test_a_draft_that_names_choices_by_letter_is_refused_since_they_are_shuffled() -> None:
+    for ending in ("so option B is right.", "which leaves (C).", "so the answer is choice 2."):
+        assert objections(sample(f"{GOOD} {ending}"), filters.DRAFT_FILTERS) == {"choice_by_letter"}
+    assert objections(sample(f"{GOOD} The answer a listener gives is dog."), filters.DRAFT_FILTERS) == set()
+
+
 def test_length_and_number_of_segments_have_bounds_on_both_sides() -> None:
     assert objections(sample("It is the dog."), filters.THINK_FILTERS) == {"think_length", "segment_count"}
     many = " then ".join(f"in <seg>{1 + i * 0.3:.2f}, {1.25 + i * 0.3:.2f}</seg> a bark is heard" for i in range(8))
