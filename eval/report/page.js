@@ -311,8 +311,9 @@
   function segmentButton(row, side, place, brief) {
     const segment = row.segments[place];
     const sound = data.sounds[row.sound];
-    const range = segment.start === null ? segment.text.replace(/<\/?seg>/g, "").trim().slice(0, 48) || "no times" : `${seconds(segment.start)}–${seconds(segment.end)} s`;
-    const fate = segment.refusal ? ` · ${segment.refusal}` : segment.inserted === false && !brief ? " · named only" : "";
+    const range = segment.start === null ? segment.text.replace(/<\/?seg>/g, "").trim().slice(0, 48) : `${seconds(segment.start)}–${seconds(segment.end)} s`;
+    const fate = segment.refusal || (segment.inserted === false && !brief ? "named only" : "");
+    const label = [range, fate].filter(Boolean).join(" · ");
     const cut = segment.start === null ? null : [segment.start, Math.min(segment.end, sound && !sound.problem ? sound.seconds : segment.end)];
     const playable = Boolean(sound && !sound.problem && cut && cut[0] < cut[1]);
     const look = segment.refusal ? "no" : segment.inserted === false ? "named" : "";
@@ -320,7 +321,7 @@
       type: "button", class: `play c${place % 8} ${look}`, disabled: !playable, "data-plays": `${side}-${place}`,
       title: segment.refusal ? `refused: ${segment.refusal}` : segment.inserted === false ? "named, but not inserted" : "heard again",
       onclick: (event) => playable && play(row.sound, cut[0], cut[1], event.currentTarget),
-    }, brief ? `${range}${fate}` : `${place + 1}   ${range}${fate}`);
+    }, brief ? label : `${place + 1}   ${label}`);
   }
 
   function soundPart(row, side) {
@@ -443,10 +444,10 @@
 
   // ------------------------------------------------------------------------------------------------ curves
 
-  const WIDTH = 240, HEIGHT = 128, EDGE = { left: 42, right: 6, top: 8, bottom: 18 };
+  const WIDTH = 240, HEIGHT = 128, EDGE = { left: 44, right: 6, top: 8, bottom: 18 };
   const round = (value) => {
     const size = Math.abs(value);
-    return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+    return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(size < 0.01 ? 2 : 3)));
   };
 
   function panel(curves) {

@@ -27,7 +27,7 @@ from ..stats import wilson
 MODES = ("interleaved", "grounded", "plain")  # the order of the sets of a run
 AUDIO_KEYS = ("audio", "audio_path", "audio_id")  # of rows that do not say which benchmark they are of
 MAX_RESPONSE_CHARS = 20_000  # of one response on the page; what a policy can ramble on for has no bound
-REFUSALS = {
+REFUSALS: dict[str, str] = {
     Refusal.MALFORMED: "not two times in seconds",
     Refusal.REVERSED: "ends before it starts",
     Refusal.PAST_END: "starts after the audio ends",
@@ -249,9 +249,13 @@ def _named(row: Mapping[str, Any], text: str) -> list[Named]:
         times, refusal = _numbers(each), each.get("refusal")
         start, end = times.get("start"), times.get("end")
         said = _text(each.get("text")) or (f"{start:.2f}, {end:.2f}" if start is not None and end is not None else "")
-        reason = None if refusal is None else REFUSALS.get(refusal, str(refusal))
+        reason = None if refusal is None else _reason(refusal)
         named.append(Named(said, start, end, bool(each.get("inserted")), reason))
     return named
+
+
+def _reason(refusal: Any) -> str:
+    return REFUSALS.get(str(refusal), str(refusal))
 
 
 def _text(value: Any) -> str:
@@ -334,7 +338,7 @@ def _prediction_set(file: Path, name: str, limit: int, audio_root: Path | None, 
         {by: [_tally(label, group) for label, group in groups.items()] for by, groups in broken_down.items()},
         summary["segments"]["named"],
         summary["segments"]["inserted"],
-        {REFUSALS.get(reason, reason): count for reason, count in summary["segments"]["refused"].items()},
+        {_reason(refusal): count for refusal, count in summary["segments"]["refused"].items()},
         [f"{summary['missing']} rows of the benchmark are missing and count as wrong"] if summary["missing"] else [],
     )
 
