@@ -119,10 +119,12 @@ async def answer_all(
     Raises EngineDied when no engine is left and rows are.
     """
     queue = _Queue(tasks, finish)
+    some_has_run = False
 
     async def place(number: int, start: Start) -> EngineDied | None:
         """Where one engine runs, and another when it has died. Returns why it was given up, None when all is done."""
-        finished_before, num_in_vain, has_run = 0, 0, False
+        nonlocal some_has_run
+        finished_before, num_in_vain = 0, 0
         while not queue.over.is_set():
             held: set[Task] = set()
             try:
@@ -130,7 +132,7 @@ async def answer_all(
                 async with _started(start, queue.over) as engine:
                     if engine is None:
                         return None
-                    has_run = True
+                    some_has_run = True
                     say(f"engine {number} is ready after {time.monotonic() - began:.0f} s")
                     await _run_lanes(engine, num_lanes, queue.take, queue.finish, held)
                     await _run_lanes(engine, 1, queue.take_suspect, queue.finish, held)
@@ -141,7 +143,8 @@ async def answer_all(
                 finished_before = queue.num_finished
                 if queue.over.is_set():
                     return None
-                if not can_restart or not has_run or num_in_vain >= MAX_DEATHS:
+                # Where no engine has ever run, the next one would fail as this one did.
+                if not can_restart or not some_has_run or num_in_vain >= MAX_DEATHS:
                     if len(starts) > 1:
                         say(f"engine {number} is given up: {error}")
                     return error
@@ -149,8 +152,9 @@ async def answer_all(
         return None
 
     given_up = await _all(place(number, start) for number, start in enumerate(starts))
-    if None not in given_up:
-        raise given_up[0]
+    errors = [error for error in given_up if error is not None]
+    if len(errors) == len(starts):
+        raise errors[0]
 
 
 async def _run_lanes(
@@ -273,7 +277,7 @@ async def ray_engine(settings: EngineSettings) -> AsyncIterator[Answerer]:
         "num_gpus": settings.tensor_parallel_size if settings.device == "cuda" else 0,
         "max_concurrency": settings.concurrency + 1,
     }
-    actor = ray.remote(_Actor).options(**options).remote()
+    actor: Any = ray.remote(_Actor).options(**options).remote()
     try:
         await _result(actor.start.remote(settings))
         yield _RayEngine(actor)

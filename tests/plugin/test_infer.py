@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -78,6 +79,14 @@ def started(command: list[str], tmp_path: Path) -> Iterator[Callable[..., subpro
             process.kill()
 
 
+def actors_of(process: subprocess.Popen[str]) -> Iterator[psutil.Process]:
+    """The processes of its Ray actors, under a node that it started."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name().startswith("ray::_Actor"):
+                yield child
+
+
 def run(command: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -112,10 +121,7 @@ def test_a_run_that_is_killed_goes_on_until_every_row_is_there_once(
 
     # two engines in Ray actors, one of which is killed: its rows are done all the same
     process = started(len(second) + 2, "--data-parallel", "2")
-    actors = [
-        child for child in psutil.Process(process.pid).children(recursive=True) if "ray::_Actor" in child.cmdline()[:1]
-    ]
-    actors[0].send_signal(signal.SIGKILL)
+    next(actors_of(process)).send_signal(signal.SIGKILL)
     assert len(ids_in(output)) < len(expected), "all was done before anything was killed"
     said = tmp_path / "log-2"
     assert process.wait(timeout=WAIT_SECONDS) == 0, said.read_text()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -200,9 +201,25 @@ def test_an_engine_that_does_not_start_is_left_out_unless_it_is_the_last() -> No
 
     fleet = Fleet(20)
     assert fleet.run(broken, fleet.engine(0.001)) == fleet.all_once()
-    assert "engine 0 is given up: no memory" in fleet.said
+    assert fleet.said[0] == "engine 0 is given up: no memory"
     with pytest.raises(EngineDied, match="no memory"):
         fleet.run(broken, broken)
+
+
+def test_an_engine_that_dies_while_it_starts_is_started_again_where_others_run() -> None:
+    fleet = Fleet(40)
+    attempts = itertools.count()
+
+    @contextlib.asynccontextmanager
+    async def second_time() -> AsyncIterator[Any]:
+        await asyncio.sleep(0.01)
+        if next(attempts) == 0:
+            raise EngineDied("the node is gone")
+        async with fleet.engine(0.001)() as engine:
+            yield engine
+
+    assert fleet.run(fleet.engine(0.01), second_time) == fleet.all_once()
+    assert next(attempts) == 2 and any(outcome.response == "0.001" for _, outcome in fleet.outcomes)
 
 
 def test_a_mistake_of_ours_ends_the_run_as_itself() -> None:
