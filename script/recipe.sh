@@ -83,9 +83,16 @@ stage_sft() {
 }
 
 stage_rl() {
+  local preset=() file
+  if [[ "$REWARD_PRESET" == *.y*ml ]]; then
+    # A preset of your own: it and the terms beside it are inputs, so that a change of them is a change of the run.
+    for file in "$REWARD_PRESET" "$(dirname "$REWARD_PRESET")"/*.py; do
+      if [[ -f "$file" ]]; then preset+=(--input "$file"); fi
+    done
+  fi
   stage rl --output "$RL_DIR" --input "$DATA_DIR/rl.parquet" --input "$DATA_DIR/val.parquet" --input "$SFT_DIR/last/" \
-    --setting 'RL_*' --setting REWARD_PRESET --setting '*_SEGMENT*' --setting NUM_GPUS --setting DEVICE --setting SEED \
-    --setting WORDS_TEXT -- \
+    "${preset[@]}" --setting 'RL_*' --setting REWARD_PRESET --setting '*_SEGMENT*' --setting NUM_GPUS --setting DEVICE \
+    --setting SEED --setting WORDS_TEXT -- \
     env MODEL="$SFT_DIR/last" TRAIN_FILE="$DATA_DIR/rl.parquet" VAL_FILE="$DATA_DIR/val.parquet" OUTPUT_DIR="$RL_DIR" \
     bash "$ROOT/script/stage2_multiturn_rl.sh" "${WORDS[@]}"
 }
