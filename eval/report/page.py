@@ -118,9 +118,8 @@ def render(runs: Sequence[Run], sounds: Mapping[Path, Sound], pairs: Sequence[Pa
         style_hash=_hash(style),
         percent=lambda share: math.floor(1000 * share + 0.5) / 10,
     )
-    return page.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # half a surrogate pair, as a model can sample it, is no text
+    # A model can sample half of a surrogate pair, and no file can hold it as text. In the data it is an escape.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _row(row: Row, places: Mapping[Path, int]) -> dict[str, Any]:
