@@ -379,16 +379,15 @@ def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
         raise RowError(Reason.WRONG_TYPE, f"'choices' is a list of texts, this is {_shown(value)}")
     if not MIN_CHOICES <= len(value) <= MAX_CHOICES:
         raise RowError(Reason.WRONG_NUMBER_OF_CHOICES, f"{MIN_CHOICES} to {MAX_CHOICES} are needed, not {len(value)}")
-    choices = tuple(_checked(choice, f"choices[{index}]", False) for index, choice in enumerate(value))
+    choices = tuple([_checked(choice, "choices", False) for choice in value])
     # The scorer folds case, blanks and a final full stop: two choices that differ in nothing else are one.
-    folded = {" ".join(choice.split()).rstrip(". ").casefold() for choice in choices}
-    if len(folded) < len(choices):
+    if len({" ".join(choice.split()).rstrip(". ").casefold() for choice in choices}) < len(choices):
         raise RowError(Reason.DUPLICATE_CHOICE, f"two choices read the same: {_shown(choices)}")
     return choices
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  neither bool nor a subclass
 
 
 def _duration(value: Any) -> float | None:
@@ -404,7 +403,7 @@ def _events(value: Any, duration_seconds: float | None) -> tuple[Event, ...]:
         return ()
     if not isinstance(value, list):
         raise RowError(Reason.WRONG_TYPE, f"'events' is a list of objects, this is {_shown(value)}")
-    return tuple(_event(item, duration_seconds) for item in value)
+    return tuple([_event(item, duration_seconds) for item in value])
 
 
 def _event(item: object, duration_seconds: float | None) -> Event:

@@ -299,7 +299,7 @@ class Job:
         items: list[Any] = []
         rejected: list[tuple[int, str | None, RowError]] = []
         for index, (line, raw) in chunk:
-            value = parse_row(raw) if isinstance(raw, bytes | str) else raw
+            value = parse_row(raw) if isinstance(raw, (bytes, str)) else raw
             row_id = value["id"] if isinstance(value, dict) and isinstance(value.get("id"), str) else None
             try:
                 record = self.to_record(line, _or_raise(value))
