@@ -21,7 +21,7 @@ def test_every_path_and_module_it_names_exists() -> None:
     scripts = re.findall(r"\bbash ((?:script|recipes)/\S+\.sh)", README)
     modules = re.findall(r"python -m ([\w.]+)", README)
     assert links and scripts and modules
-    assert [path for path in (*links, *scripts) if not (ROOT / path).is_file()] == []
+    assert [path for path in (*links, *scripts) if not (ROOT / path).exists()] == []
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 
