@@ -484,7 +484,8 @@ def test_good_and_bad_ones_at_once_each_get_their_own_answer_and_nothing_is_left
     burst(64)
     files = process.num_fds()
     burst(64)
-    assert process.num_fds() <= files and shared.metric("echo_requests_open") == 0
+    shared.wait_until(lambda: process.num_fds() <= files)
+    assert shared.metric("echo_requests_open") == 0
 
 
 def test_the_command_serves_until_its_engine_is_gone(
