@@ -258,7 +258,9 @@ class ChatClient:
                 self._journal.append(key, ({"label": label} if label else {}) | asdict(reply))
             self._failed_in_a_row = self._failed_in_a_row + 1 if reply.status is Status.FAILED else 0
             if self._failed_in_a_row >= self.limits.max_failed_in_a_row:
-                raise ChatError(f"{self.url}: {self._failed_in_a_row} requests in a row failed. The last: {reply.error}")
+                raise ChatError(
+                    f"{self.url}: {self._failed_in_a_row} requests in a row failed. The last: {reply.error}"
+                )
         self.statuses[reply.status] += 1
         return reply
 
