@@ -159,11 +159,12 @@ def test_rl_goes_on_from_its_checkpoint(chain: Chain) -> None:
     assert max(after) > chain.steps["rl"]
 
 
-def test_rollouts_insert_clips_and_agree_with_the_actor(chain: Chain) -> None:
+def test_rollouts_and_actor_give_sampled_tokens_the_same_probability(chain: Chain) -> None:
+    """Clips are rare here, since QUICK=1 trains too little to name segments: test_verl_run.py has a model that does."""
     rows = [json.loads(line)["data"] for path in (chain.run_dir / "rl").glob("metrics*.jsonl") for line in path.open()]
     steps = [row for row in rows if "segments/inserted" in row]
     assert steps
-    assert max(step["training/rollout_probs_diff_mean"] for step in steps) < 1e-3
+    assert max(step["training/rollout_probs_diff_max"] for step in steps) < 1e-4
 
 
 def test_inference_repeats_and_loses_no_row(chain: Chain) -> None:

@@ -168,8 +168,7 @@ def test_rollouts_listen_again(run: Run) -> None:
 
 def test_rollout_and_actor_give_sampled_tokens_the_same_probability(run: Run) -> None:
     for step in range(1, STEPS + 1):
-        assert run.metrics[step]["training/rollout_probs_diff_mean"] < 1e-3
-        assert run.metrics[step]["training/rollout_probs_diff_max"] < 1e-2
+        assert run.metrics[step]["training/rollout_probs_diff_max"] < 1e-4
 
 
 def test_every_step_logs_what_re_listening_did(run: Run) -> None:

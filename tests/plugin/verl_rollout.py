@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transfer_queue
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
 from verl.trainer.ppo.v1 import agent_loop_tq
@@ -100,7 +101,7 @@ async def row_of(output: AgentLoopOutput, processor: Any, uid: str) -> dict[str,
         distillation_enabled=False,
     )
     put = mock.AsyncMock()
-    with mock.patch.object(agent_loop_tq.tq, "async_kv_batch_put", put):
+    with mock.patch.object(transfer_queue, "async_kv_batch_put", put):
         await worker._agent_loop_postprocess(output, False, uid=uid, session_id=0, global_steps=1)
     fields = put.call_args.kwargs["fields"][0]
     return {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)} | {
