@@ -301,10 +301,10 @@ class Engine:
             except ValueError as error:  # a request that vLLM refuses, or fails at
                 return trajectory.fail(str(error))
             completion = output.outputs[0]
-            logprobs = [
-                values[token].logprob for token, values in zip(completion.token_ids, completion.logprobs, strict=True)
-            ]
-            trajectory.absorb(completion.token_ids, logprobs, completion.finish_reason)
+            ids = completion.token_ids
+            positions: Any = completion.logprobs  # never None: `sampling_params` asks for them
+            logprobs = [position[token].logprob for token, position in zip(ids, positions, strict=True)]
+            trajectory.absorb(ids, logprobs, completion.finish_reason)
 
     def sampling_params(self, trajectory: Trajectory, turn: Turn, row_id: str, sampling: Sampling) -> SamplingParams:
         """What vLLM is told of one turn."""

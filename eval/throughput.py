@@ -123,7 +123,9 @@ class ScriptedEngine(Engine):
             for row in range(batch)
         ]
 
-    def _script(self, segments: int, num_tokens: int, random: np.random.Generator) -> tuple[list[int], list[Segment]]:
+    def _script(
+        self, segments: int, num_tokens: int, random: np.random.Generator
+    ) -> tuple[list[int], tuple[Segment, ...]]:
         starts = np.round(random.uniform(0, SOURCE_SECONDS - CLIP_SECONDS, segments), 2)
         named = [Segment(float(start), round(float(start) + CLIP_SECONDS, 2)) for start in starts]
         tags = [self.encode(" " + format_tag(segment)) for segment in named]
@@ -139,7 +141,7 @@ class ScriptedEngine(Engine):
             [*places, num_words], [*tags, [self.tokenizer.eos_token_id]], [0, *places], strict=True
         ):
             script += words[first:place] + tag
-        return script, named
+        return script, tuple(named)
 
     async def arm(self, arm: str, rows: Sequence[Row], sampling: Sampling) -> None:
         """Sample every row's script in the manner of `arm`. Raises ThroughputError when a row came out otherwise."""

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import multiprocess
+import multiprocess.process
 import typer
 import yaml
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -283,7 +283,7 @@ class StageStep(PipelineStep):
 async def _end_with(owner: int | None) -> None:
     """End a process of a pool when the one that started it, or the run, was killed: it would go on paying."""
     parent = os.getppid()
-    while multiprocess.parent_process() is not None:
+    while multiprocess.process.parent_process() is not None:
         if os.getppid() != parent or (owner is not None and not Path(f"/proc/{owner}").exists()):
             os._exit(1)
         await asyncio.sleep(_POLL_SECONDS)
