@@ -60,6 +60,7 @@ def test_killed_in_every_stage_no_row_is_lost_or_twice_and_only_what_was_in_flig
     for name in before:
         assert [timeless(row) for row in after[name]] == [timeless(row) for row in before[name]], name
     assert after["sft"] and after["rl"]
+    assert all("think" in row for row in after["sft"]) and not any("think" in row for row in after["rl"])
 
 
 def test_a_server_that_is_down_costs_nothing_and_the_same_command_goes_on(soundscapes: Path, tmp_path: Path) -> None:
@@ -99,11 +100,8 @@ def test_what_the_pipeline_makes_is_taken_by_both_exporters(soundscapes: Path, t
     assert len(made["validation"]) >= 2
     held = {row["audio"] for row in made["validation"]}
     assert not held & {row["audio"] for row in made["sft"] + made["rl"]}
-    for module, source, target in (
-        ("converters.sft_jsonl", "sft", "sft-rows.jsonl"),
-        ("converters.rl_parquet", "rl", "rl-rows.parquet"),
-    ):
-        command = [module, run / f"{source}.jsonl", run / target, "--audio-root", soundscapes]
+    for module, target in (("converters.sft_jsonl", "sft-rows.jsonl"), ("converters.rl_parquet", "rl-rows.parquet")):
+        command = [module, run / "sft.jsonl", run / target, "--audio-root", soundscapes]
         exported = synthesis_run.module(*map(str, command))
         assert exported.returncode == 0, exported.stderr
         assert "0 rejected" in exported.stderr
