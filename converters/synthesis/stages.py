@@ -33,8 +33,8 @@ def take_clips(context: Context, rank: int, tasks: int) -> Iterator[Sample]:
     for number, (line, row) in enumerate(read_rows(config.input, lambda _: None)):
         row_id, path = _id_and_audio(row)
         repeated_id, repeated_clip = row_id in seen_ids, path in seen_clips
-        seen_ids.add(row_id)
-        seen_clips.add(path)
+        seen_ids |= {row_id} - {""}
+        seen_clips |= {path} - {""}
         if number % tasks != rank:
             continue
         blank = Sample(
@@ -121,7 +121,8 @@ def evidence(sample: Sample) -> dict[str, Any]:
         music["key"] = str(sample.meta["key"])
     if chords := _chords(sample):
         music["chords, each from the second given"] = ", ".join(f"{e['label']} {e['start']:.2f}" for e in chords)
-    if beats := sample.meta.get("beats"):
+    beats = sample.meta.get("beats")
+    if isinstance(beats, list) and beats and all(isinstance(beat, int | float) for beat in beats):
         music["beats, in seconds"] = " ".join(f"{beat:.2f}" for beat in beats[:_MAX_BEATS])
     caption = {name: sample.caption.get(name, "") for name in ("description", "speech", "music")}
     if not caption["description"]:

@@ -149,7 +149,11 @@ def sample(**changes: Any) -> Sample:
 
 def test_the_writing_model_is_shown_labels_and_times_and_the_answering_ones_are_not() -> None:
     row = sample(
-        events=[{"label": "dog", "start": 1.0, "end": 2.5}, {"label": "Am", "start": 0.0, "end": 4.0, "kind": "chord"}],
+        events=[
+            {"label": "dog", "start": 1.0, "end": 2.5},
+            {"label": "speaker 1", "start": 3.0, "end": 4.5, "kind": "speech", "text": "Sit!"},
+            {"label": "Am", "start": 0.0, "end": 4.0, "kind": "chord"},
+        ],
         meta={"tempo": 92, "key": "A minor", "beats": [0.5, 1.15], "captions": ["A {{ dog }} and a guitar"]},
     )
     written = Prompts().render("eaqa/question_music", level="basic", **evidence(row))
