@@ -2,7 +2,7 @@
 
     python -m converters.synthesis.report RUN [-o report.html]
 
-Self-contained: sounds are in it as FLAC, nothing is fetched. A run writes it at its end; this command writes it anew.
+Self-contained: sounds are in it as WAV, nothing is fetched. A run writes it at its end; this command writes it anew.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def _sampled(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
 def _row(row: dict[str, Any], audio_root: Path) -> dict[str, Any]:
     samples = load(audio_root / row["audio"])
     sound = io.BytesIO()
-    soundfile.write(sound, samples, SAMPLING_RATE, format="FLAC")
+    # Not FLAC: without a table of seek points, which libsndfile writes none of, Chromium cannot go to a segment.
+    soundfile.write(sound, samples, SAMPLING_RATE, format="WAV", subtype="PCM_16")
     duration = len(samples) / SAMPLING_RATE
     segments = [tag.meaning for tag in find_tags(row.get("think") or "") if isinstance(tag.meaning, Segment)]
     return {

@@ -24,7 +24,7 @@ def is_in(stage: str, run: Path) -> bool:
     ("pipeline", "stages"),
     [
         ("eaqa", ("clips", "caption", "question", "check", "judge", "silence", "difficulty", "select")),
-        ("cogito", ("question", "think")),
+        ("cogito", ("think",)),
     ],
 )
 def test_killed_in_every_stage_no_row_is_lost_or_twice_and_only_what_was_in_flight_is_paid_again(

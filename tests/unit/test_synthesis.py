@@ -288,7 +288,7 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_models_wrote
     page = (tmp_path / "report.html").read_text()
     assert "alert(1)" in page and "<script>alert" not in page and "<b>nothing" not in page and "<img" not in page
     assert 'data-start="0.1" data-end="0.6">0.10 to 0.60 s</button>' in page
-    assert page.count("data:audio/flac;base64,") == 1
+    assert page.count("data:audio/wav;base64,") == 1
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "http" not in page.replace("charset", "")
 
 
