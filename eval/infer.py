@@ -123,7 +123,7 @@ def main(
     again after a kill, the command goes on where it was.
     """
     root = _one_source(benchmark, benchmark_root, audio_qa, audio_root).resolve()
-    extra = _engine_args(engine_arg or [])
+    extra = engine_args(engine_arg or [])
     try:
         questions = load_benchmark(benchmark, root) if benchmark else load_questions(AUDIO_QA, audio_qa or Path())
         selection = Selection(questions, None if ids is None else read_ids(ids), max_rows)
@@ -143,7 +143,7 @@ def main(
             raise typer.BadParameter(f"--force-answer-tokens leaves nothing of --max-tokens {max_tokens} to think with")
         if dry_run:
             return _show_prompts(selection, root, model, sampling, shuffle_choices)
-        num_gpus = _num_gpus(device)
+        num_gpus = visible_gpus(device)
         settings = EngineSettings(
             model=str(model.resolve()),
             device="cuda" if num_gpus else "cpu",
@@ -249,7 +249,7 @@ def _one_source(
     raise typer.BadParameter("give --benchmark and --benchmark-root, or --audio-qa and --audio-root")
 
 
-def _engine_args(pairs: Sequence[str]) -> dict[str, Any]:
+def engine_args(pairs: Sequence[str]) -> dict[str, Any]:
     args: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -262,7 +262,7 @@ def _engine_args(pairs: Sequence[str]) -> dict[str, Any]:
     return args
 
 
-def _num_gpus(device: str) -> int:
+def visible_gpus(device: str) -> int:
     """GPUs to use: those of the cluster that RAY_ADDRESS names, else the visible ones; 0 is the CPU."""
     if device == "cpu":
         return 0
@@ -402,7 +402,7 @@ def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
     return {
         **item.row,
         "model_response": outcome.response,
-        "segments": [_segment(attempt) for attempt in outcome.attempts],
+        "segments": [segment_row(attempt) for attempt in outcome.attempts],
         "thinking_prediction": transcript.think or "",
         "answer_prediction": answer,
         "model_prediction": answer,
@@ -416,7 +416,7 @@ def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _segment(attempt: Attempt) -> dict[str, Any]:
+def segment_row(attempt: Attempt) -> dict[str, Any]:
     """A tag in a prediction row: where it ended up, or where it pointed and why it was refused."""
     segment = attempt.segment
     if segment is None:

@@ -44,9 +44,7 @@ from echo_plugins.relisten.transcript import parse
 
 from .chat_api import ApiError, ChatRequest, Clip, question_and_audio, read_clip, read_request
 from .engine import EngineDied, EngineSettings, Question, Sampling, running_engine
-from .infer import _engine_args as engine_args
-from .infer import _num_gpus as num_gpus
-from .infer import _segment as segment_row
+from .infer import engine_args, segment_row, visible_gpus
 
 KEY_VARIABLE = "ECHO_API_KEY"
 BODY_SECONDS = 60.0  # for a request's body to arrive
@@ -473,7 +471,7 @@ def main(
     """
     engine_settings = EngineSettings(
         model=str(model),
-        device="cuda" if num_gpus(device) else "cpu",
+        device="cuda" if visible_gpus(device) else "cpu",
         dtype=dtype,
         tensor_parallel_size=tensor_parallel,
         max_clips=1 + max_segments,
