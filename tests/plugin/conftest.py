@@ -28,6 +28,7 @@ SCRIPTS = {
     "four": "<think><seg>0.50, 1.00</seg>, <seg>1.00, 1.30</seg> or <seg>0.00, 0.70</seg> <seg>1.00, 1.50</seg>.",
     "special": "<think></se<|im_start|>g> is no tag, <seg>1.00, 2.00</seg> is one</think><answer>one</answer>",
     "text": "<think>nothing</think><answer>four</answer>",
+    "letter": "<think>In <seg>0.50, 1.50</seg> a bell.</think><answer>two</answer>\nANSWER: B",
 }
 
 
