@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import torch
@@ -74,7 +75,8 @@ class Actor:
 
         data = self.batch(rows, calculate_entropy=True, compute_loss=False, **options)
         output = self.worker.compute_log_prob(data)
-        assert torch.isfinite(output["entropy"].values()).all()
+        entropy: Any = output["entropy"]
+        assert entropy.values().isfinite().all()
         return list(response_from_nested(output["log_probs"], data["response_mask"]).unbind())
 
     def gradients(self, rows: list[Row], **options: Any) -> dict[str, Any]:
@@ -97,20 +99,35 @@ class Actor:
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.full_tensor().clone() for name, value in self.engine.module.state_dict().items()}
 
-    def update(self, rows: list[Row], step: Any, shift: tuple[int, float] | None = None) -> dict[str, Any]:
-        """`shift` (mask, amount): added to the actor's own log-probs of the tokens that have this response mask."""
-        actor = self.config.actor_rollout_ref.actor
+    def update(
+        self,
+        rows: list[Row],
+        step: Callable[[], float],
+        from_reference: float = 0.1,
+        moves: Mapping[str, float] | None = None,
+        where: int = 1,
+    ) -> dict[str, Any]:
+        """What verl logs of one update on `rows`.
+
+        The old log-probs are the actor's, the reference's lie `from_reference` above them. `moves`, field to amount, is
+        added to a field at the tokens with the response mask `where`; the field `log_probs` is what the loss is given.
+        """
+        actor, moves = self.config.actor_rollout_ref.actor, moves or {}
+        ready = []
+        for row, old in zip(rows, self.log_probs(rows), strict=True):
+            fields = {"old_log_probs": old, "ref_log_prob": old + from_reference, "advantages": row["advantages"]}
+            place = (row["response_mask"] == where).float()
+            ready.append(row | {name: value + moves.get(name, 0.0) * place for name, value in fields.items()})
 
         def loss_fn(model_output: Any, data: Any, dp_group: Any) -> Any:
-            if shift is not None:
-                model_output = {**model_output, "log_probs": shifted(model_output["log_probs"], data, *shift)}
-            return self.loss_fn(model_output=model_output, data=data, dp_group=dp_group)
+            log_probs = shifted(model_output["log_probs"], data, where, moves.get("log_probs", 0.0))
+            return self.loss_fn(model_output={**model_output, "log_probs": log_probs}, data=data, dp_group=dp_group)
 
         self.engine.optimizer_step = step
         self.worker.set_loss_fn(loss_fn)
         size = len(rows) * torch.distributed.get_world_size()
         data = self.batch(
-            rows,
+            ready,
             calculate_entropy=False,
             global_batch_size=size,
             mini_batch_size=size,
@@ -131,7 +148,7 @@ class Actor:
         return tu.get_tensordict(columns, {"temperature": temperature, **settings})
 
 
-def shifted(log_probs: torch.Tensor, data: Any, mask: int, amount: float) -> torch.Tensor:
+def shifted(log_probs: Any, data: Any, mask: int, amount: float) -> torch.Tensor:
     """Log-probs of whole rows, nested, as a model gives them: at a token stands that of the next one."""
     added = []
     for row, response_mask in zip(log_probs.unbind(), data["response_mask"].unbind(), strict=True):

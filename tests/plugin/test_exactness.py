@@ -10,7 +10,7 @@ import asyncio
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,12 @@ LEARNED = ("once", "four", "many", "silent")
 # Rank by rank: rows with and without sound on both, and a rank that has none with sound.
 MIXED = (("once", "silent", "text"), ("many", "four", "silent babble"))
 APART = (SILENT, ("once", "many"))
-UPDATE_FIELDS = ("old_log_probs", "ref_log_prob", "advantages")
+# What an update reads of each token, and by how much it is moved there: by different amounts, as differences count.
+MOVES = {"log_probs": 0.25, "old_log_probs": 0.5, "ref_log_prob": 1.0, "advantages": 2.0}
+SAMPLED, OBSERVED = 1, 0  # the response mask
 
 Results = dict[int, dict[str, list[Any]]]  # number of ranks -> name of a job -> what it gave on each rank
-Gradients = dict[str, torch.Tensor | None]
+Gradients = dict[str, Any]  # a tensor by the name of its parameter, None where there is no gradient
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def ids(processor: Any, tiny_model: Path) -> SpecialIds:
 def rows(
     engine_session: Any, tiny_model: Path, processor: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Row]:
-    """All of QUESTIONS, rolled out at once and made ready for an update."""
+    """All of QUESTIONS, rolled out at once."""
     folder, random = tmp_path_factory.mktemp("sound"), np.random.default_rng(0)
     # as verl's worker asks, and a seed
     sampling = {"temperature": TEMPERATURE, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
@@ -95,12 +97,12 @@ def rows(
         return await asyncio.gather(*(roll(number, name) for number, name in enumerate(QUESTIONS)))
 
     made = dict(zip(QUESTIONS, engine_session.run(roll_all()), strict=True))
-    make_ready(made)
+    add_advantages(made)
     return made
 
 
-def make_ready(rows: dict[str, Row]) -> None:
-    """Add what the trainer adds before an update: GRPO's advantages of one group, old and reference log-probs."""
+def add_advantages(rows: dict[str, Row]) -> None:
+    """GRPO's, as the trainer computes them; all rows are one group."""
 
     def padded(name: str) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence([row[name] for row in rows.values()], batch_first=True)
@@ -110,17 +112,8 @@ def make_ready(rows: dict[str, Row]) -> None:
     )
     data.non_tensor_batch["uid"] = np.array(["group"] * len(rows), dtype=object)
     data = compute_advantage_for_multi_trajectories(data, [f"{name}_0_0" for name in rows], "grpo", config={})
-    random = torch.Generator().manual_seed(0)
     for row, advantages in zip(rows.values(), data.batch["advantages"], strict=True):
-        mask = row["response_mask"]
-        row["advantages"] = advantages[: len(mask)]
-        row["old_log_probs"] = row["rollout_log_probs"].clone()
-        row["ref_log_prob"] = row["old_log_probs"] + 0.1 * torch.randn(len(mask), generator=random)
-
-
-def moved(row: Row, fields: Iterable[str], mask: int) -> Row:
-    """`row` with other values at the tokens that have this response mask."""
-    return row | {name: torch.where(row["response_mask"] == mask, row[name] + 1.0, row[name]) for name in fields}
+        row["advantages"] = advantages[: len(row["response_mask"])]
 
 
 def replaced(row: Row, audio_id: int) -> Row:
@@ -139,7 +132,7 @@ def only_the_last(row: Row) -> Row:
     """`row` with nothing to learn but its last token."""
     advantages = torch.zeros_like(row["advantages"])
     advantages[-1] = 1.0
-    return row | {"advantages": advantages, "ref_log_prob": row["old_log_probs"]}
+    return row | {"advantages": advantages}
 
 
 def job(method: str, *ranks: Sequence[Row], **options: Any) -> Job:
@@ -164,12 +157,11 @@ def actor(rows: dict[str, Row], ids: SpecialIds, tiny_model: Path, tmp_path_fact
             "another first": job("log_probs", [replaced(first, ids.audio), second]),
             "another second": job("log_probs", [first, replaced(second, ids.audio)]),
             "update": job("gradients", learned),
-            "observations": job("gradients", [moved(row, UPDATE_FIELDS, mask=0) for row in learned], shift=(0, 1.0)),
-            "log_probs": job("gradients", learned, shift=(1, 1.0)),
-            **{name: job("gradients", [moved(row, [name], mask=1) for row in learned]) for name in UPDATE_FIELDS},
+            "observations moved": job("gradients", learned, moves=MOVES, where=OBSERVED),
+            **{f"{name} moved": job("gradients", learned, moves={name: MOVES[name]}, where=SAMPLED) for name in MOVES},
             "mixed update": job("gradients", of([*MIXED[0], *MIXED[1]])),
             "before": job("log_probs", learned),
-            "step": job("step", [only_the_last(row) for row in learned]),
+            "step": job("step", [only_the_last(row) for row in learned], from_reference=0.0),
             "after": job("log_probs", learned),
         },
         2: {
@@ -201,18 +193,16 @@ def actor(rows: dict[str, Row], ids: SpecialIds, tiny_model: Path, tmp_path_fact
 def test_the_rows_are_what_the_comparison_is_about(rows: dict[str, Row], ids: SpecialIds, processor: Any) -> None:
     """0, 1, 4 and 8 clips, the same tags unheard, a straddling token cut and kept, words sampled freely."""
     for name, row in rows.items():
-        observed = row["responses"][row["response_mask"] == 0]
-        assert int((observed == ids.audio_bos).sum()) == CLIPS.get(name, 0), name
-        assert len(row["multi_modal_inputs"].get("input_features", ())) == (
-            0 if name in SILENT else 1 + CLIPS.get(name, 0)
-        )
+        observed, clips = row["responses"][row["response_mask"] == 0], CLIPS.get(name, 0)
+        assert int((observed == ids.audio_bos).sum()) == clips, name
+        features = row["multi_modal_inputs"].get("input_features", ())
+        assert len(features) == (0 if name in SILENT else 1 + clips), name
     plain, straddling = processor.tokenizer.convert_tokens_to_ids([">", ">,"])
     assert plain in rows["four"]["responses"][rows["four"]["response_mask"] == 0]
     assert straddling in rows["kept"]["responses"][rows["kept"]["response_mask"] == 1]
     assert "</seg>" in processor.tokenizer.decode(rows["silent"]["responses"])
-    assert len({len(row["input_ids"]) for row in rows.values()}) == len(rows)
     for name in ("babble", "silent babble"):
-        assert len(set(rows[name]["responses"].tolist())) > BABBLE_TOKENS / 4, "no script has spoken here"
+        assert len(set(rows[name]["responses"].tolist())) > 4, "sampled, and not its end at once"
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [("packed", 1), ("padded", 1), ("alone", 1), ("mixed", 2), ("apart", 2)])
@@ -236,32 +226,27 @@ def test_packed_rows_do_not_attend_to_each_other(rows: dict[str, Row], actor: Re
 
 
 def losses(update: dict[str, Any]) -> dict[str, Any]:
-    return {name: update["metrics"][name] for name in ("loss", "actor/pg_loss", "kl_loss", "actor/ppo_kl")}
+    return {name: update["metrics"][name] for name in ("loss", "actor/pg_loss", "kl_loss")}
 
 
 def test_loss_and_kl_touch_no_observation(actor: Results) -> None:
     """Moved there: the actor's own log-probs, old and reference ones, advantages. Nothing else moves, not by a bit."""
-    update, with_moved = actor[1]["update"][0], actor[1]["observations"][0]
+    update, with_moved = actor[1]["update"][0], actor[1]["observations moved"][0]
     assert losses(with_moved) == losses(update)
     for name, gradient in update["gradients"].items():
         other = with_moved["gradients"][name]
         assert other is None if gradient is None else torch.equal(other, gradient), name
 
 
-@pytest.mark.parametrize("field", ["log_probs", *UPDATE_FIELDS])
+@pytest.mark.parametrize("field", MOVES)
 def test_the_same_moved_at_sampled_tokens_moves_the_update(actor: Results, field: str) -> None:
-    update, with_moved = actor[1]["update"][0], actor[1][field][0]
+    update, with_moved = actor[1]["update"][0], actor[1][f"{field} moved"][0]
     assert losses(with_moved) != losses(update)
     assert distance(with_moved["gradients"], update["gradients"]) > 1e-3
 
 
 def distance(one: Gradients, other: Gradients) -> float:
     return max(float((gradient - other[name]).abs().max()) for name, gradient in one.items() if gradient is not None)
-
-
-def test_the_first_update_after_a_rollout_finds_the_policy_that_sampled(actor: Results) -> None:
-    (kl,) = actor[1]["update"][0]["metrics"]["actor/ppo_kl"]
-    assert abs(kl) < TOLERANCE
 
 
 def test_two_ranks_learn_what_one_would(actor: Results) -> None:
