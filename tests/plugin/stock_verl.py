@@ -30,7 +30,7 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.tokenizer import hf_processor
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine, FSDPEngineWithLMHead
 from verl.workers.rollout import utils
 
 model_dir, wav, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -63,6 +63,7 @@ gaps["no word of tied embeddings"] = not hasattr(Qwen2_5OmniConfig(), "tie_word_
 )
 gaps["no position rows"] = not hasattr(processor, "get_rope_index")
 gaps["no image token id"] = raises(AttributeError, lambda: utils.qwen2_5_vl_dedup_image_tokens([1, 2], processor))
+gaps["banned tokens in the actor"] = "banned" not in inspect.getsource(FSDPEngineWithLMHead)
 gaps["audio can be sampled"] = audio_id not in utils.get_vision_placeholder_token_ids(processor)
 
 part = {"type": "audio", "audio": wav}

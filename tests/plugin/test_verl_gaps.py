@@ -33,6 +33,7 @@ GAPS = {
     "no word of tied embeddings": "for_verl/omni.py show_the_text_config",
     "no position rows": "for_verl/omni.py audio_positions",
     "no image token id": "for_verl/omni.py omni_processor",
+    "banned tokens in the actor": "for_verl/omni.py ThinkerOnly.forward",
     "audio can be sampled": "for_verl/agent_loop.py bias",
     "audio stays a path": "for_verl/dataset.py _extract_audio_info",
     "audio rows filtered out": "for_verl/dataset.py maybe_filter_out_long_prompts",
