@@ -290,10 +290,12 @@ def summarise(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The settings as a table."""
-    shown = Table(title="Sampled tokens a second; ours against the others", title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(
+        title="Sampled tokens a second; ours against the others", title_justify="left", box=box.SIMPLE_HEAD, padding=0
+    )
     arms = (arm.replace(" ", "\n") for arm in ARMS)
     for name in ("batch", "clips", *arms, "times\nserial", "of clips\nfirst", "of\nlimit", "steps of\nlimit"):
-        shown.add_column(name, justify="right", no_wrap=True, min_width=max(map(len, name.split("\n"))))
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             str(row["batch"]),
