@@ -150,13 +150,7 @@ class AudioQA:
         }
         if self.think is not None:
             row["think"] = self.think
-        if self.events:
-            row["events"] = [event.to_json() for event in self.events]
-        if self.duration_seconds is not None:
-            row["duration"] = self.duration_seconds
-        if self.meta:
-            row["meta"] = self.meta
-        return row
+        return row | _optional(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +174,23 @@ class LabelledAudio:
 
     def to_json(self) -> dict[str, Any]:
         """The row as it stands in a manifest; optional fields only where they are set."""
-        row: dict[str, Any] = {"id": self.id, "audio": self.audio}
-        if self.events:
-            row["events"] = [event.to_json() for event in self.events]
-        if self.duration_seconds is not None:
-            row["duration"] = self.duration_seconds
-        if self.meta:
-            row["meta"] = self.meta
-        return row
+        return {"id": self.id, "audio": self.audio, **_optional(self)}
 
 
 Record = AudioQA | LabelledAudio
+
+
+def _optional(record: Record) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    if record.events:
+        row["events"] = [event.to_json() for event in record.events]
+    if record.duration_seconds is not None:
+        row["duration"] = record.duration_seconds
+    if record.meta:
+        row["meta"] = record.meta
+    return row
+
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 

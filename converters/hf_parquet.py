@@ -20,7 +20,7 @@ import typer
 from converters import conversion, shards
 from converters.audio_qa import AudioQA
 from converters.conversion import AudioRoot, Checked, Job, from_manifest
-from converters.parquet import EMBEDDED, EVENT, ParquetRows, embedded_audio
+from converters.parquet import EMBEDDED, EVENT, EmbedOption, ParquetRows, embedded_audio, event_rows
 
 _COLUMNS: dict[str, tuple[pa.DataType, Any]] = {
     "id": (pa.string(), "string"),
@@ -60,9 +60,7 @@ def hf_row(checked: Checked[AudioQA], index: int, embed_audio: bool) -> dict[str
         "choices": list(record.choices),
         "answer": record.answer,
         "think": record.think,
-        "events": [
-            {"label": event.label, "start": event.start_seconds, "end": event.end_seconds} for event in record.events
-        ],
+        "events": event_rows(record),
         "duration": audio.duration_seconds,
         "meta": orjson.dumps(record.meta).decode(),
     }
@@ -76,9 +74,7 @@ def main(
     source: conversion.ManifestArgument,
     target: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="Written whole or not at all.")],
     audio_root: conversion.AudioRootOption,
-    embed_audio: Annotated[
-        bool, typer.Option("--embed-audio", help="Store the audio files' bytes, not their paths; WAV as FLAC.")
-    ] = False,
+    embed_audio: EmbedOption = False,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
     shard_rows: shards.ShardRowsOption = None,

@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
+import typer
 
+from converters.audio_qa import AudioQA
 from converters.conversion import CHUNK_ROWS
 
 EVENT = pa.struct([("label", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
 EMBEDDED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+EmbedOption = Annotated[
+    bool, typer.Option("--embed-audio", help="Store the audio files' bytes, not their paths; WAV as FLAC.")
+]
 
 _FLAC_SUBTYPES = {"PCM_U8": "PCM_S8", "PCM_S8": "PCM_S8", "PCM_16": "PCM_16", "PCM_24": "PCM_24"}
 _FLAC_CHANNELS = 8
@@ -56,6 +62,11 @@ class ParquetRows:
                     rows = rows.slice(group_rows)
             if rows.num_rows:
                 writer.write_table(rows)
+
+
+def event_rows(record: AudioQA) -> list[dict[str, Any]]:
+    """The events of a record as a list of EVENT; further keys of theirs stay in the manifest."""
+    return [{"label": event.label, "start": event.start_seconds, "end": event.end_seconds} for event in record.events]
 
 
 def embedded_audio(path: str, name: str) -> dict[str, Any]:

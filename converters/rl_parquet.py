@@ -19,7 +19,7 @@ import typer
 from converters import conversion, shards
 from converters.audio_qa import AudioQA
 from converters.conversion import AudioRoot, Checked, Job, from_manifest
-from converters.parquet import EMBEDDED, EVENT, ParquetRows, embedded_audio
+from converters.parquet import EMBEDDED, EVENT, EmbedOption, ParquetRows, embedded_audio, event_rows
 from echo_plugins.model import QWEN2_5_OMNI, OmniFamily, family_of, hop_length
 from echo_plugins.relisten.prompt import Mode, user_message
 
@@ -76,11 +76,7 @@ def rl_row(
             "id": record.id,
             "question": record.question,
             "choices": list(record.choices),
-            "events": [
-                {"label": event.label, "start": event.start_seconds, "end": event.end_seconds}
-                for event in record.events
-            ]
-            or None,
+            "events": event_rows(record) or None,
             "duration": audio.duration_seconds,
             "index": index,
             "num_audio_tokens": count_audio_tokens(audio.num_samples),
@@ -97,9 +93,7 @@ def main(
     source: conversion.ManifestArgument,
     target: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="Written whole or not at all.")],
     audio_root: conversion.AudioRootOption,
-    embed_audio: Annotated[
-        bool, typer.Option("--embed-audio", help="Store the audio files' bytes, not their paths; WAV as FLAC.")
-    ] = False,
+    embed_audio: EmbedOption = False,
     mode: Annotated[Mode, typer.Option(help="The instruction in the prompt; plain asks for no tags.")] = "interleaved",
     data_source: Annotated[
         str | None, typer.Option(help="Name that verl groups validation scores by.", show_default="IN's name")

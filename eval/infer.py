@@ -44,6 +44,17 @@ from .benchmarks import (
     load_questions,
 )
 from .engine import EngineDied, EngineSettings, Outcome, Question, Sampling, prompt_text, running_engine
+from .options import (
+    CpuKvCacheOption,
+    DeviceOption,
+    DtypeOption,
+    EngineArgOption,
+    GpuMemoryOption,
+    MaxModelLenOption,
+    MaxNumSeqsOption,
+    TensorParallelOption,
+    engine_args,
+)
 from .predictions import Predictions, PredictionsError, drop_rows, read_rows, run_path
 from .progress import progress
 
@@ -95,22 +106,18 @@ def main(
     straddle: Annotated[
         Literal["cut", "keep"], typer.Option(help="What becomes of a token that holds more than a tag's end.")
     ] = "cut",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    device: DeviceOption = "auto",
     data_parallel: Annotated[
         int | None,
         typer.Option(min=1, help="Engines side by side, in Ray actors. Default: one a GPU, visible or of RAY_ADDRESS."),
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs for each engine.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto: float32 on CPU, else the model's own.")] = "auto",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and response. Default: the model's.")
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Trajectories that an engine runs at once.")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1.0)] = 0.9,
-    cpu_kv_cache_gib: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    engine_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=JSON", help="Any other argument of vLLM's AsyncEngineArgs.")
-    ] = None,
+    tensor_parallel: TensorParallelOption = 1,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    max_num_seqs: MaxNumSeqsOption = None,
+    gpu_memory_utilization: GpuMemoryOption = 0.9,
+    cpu_kv_cache_gib: CpuKvCacheOption = 1.0,
+    engine_arg: EngineArgOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever OUTPUT holds.")] = False,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Answer rows with errors again.")] = False,
     dry_run: Annotated[
@@ -247,19 +254,6 @@ def _one_source(
     if audio_qa and audio_root and not benchmark and not benchmark_root:
         return audio_root
     raise typer.BadParameter("give --benchmark and --benchmark-root, or --audio-qa and --audio-root")
-
-
-def engine_args(pairs: Sequence[str]) -> dict[str, Any]:
-    args: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            args[key] = json.loads(value)
-        except json.JSONDecodeError:
-            args[key] = value
-        if not key or not equals:
-            raise typer.BadParameter(f"--engine-arg {pair!r} is not KEY=JSON, such as max_num_batched_tokens=4096")
-    return args
 
 
 def visible_gpus(device: str) -> int:

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import typer
@@ -44,7 +44,18 @@ from echo_plugins.relisten.transcript import parse
 
 from .chat_api import ApiError, ChatRequest, Clip, question_and_audio, read_clip, read_request
 from .engine import EngineDied, EngineSettings, Question, Sampling, running_engine
-from .infer import engine_args, segment_row, visible_gpus
+from .infer import segment_row, visible_gpus
+from .options import (
+    CpuKvCacheOption,
+    DeviceOption,
+    DtypeOption,
+    EngineArgOption,
+    GpuMemoryOption,
+    MaxModelLenOption,
+    MaxNumSeqsOption,
+    TensorParallelOption,
+    engine_args,
+)
 
 KEY_VARIABLE = "ECHO_API_KEY"
 BODY_SECONDS = 60.0  # for a request's body to arrive
@@ -450,18 +461,14 @@ def main(
     max_waiting: Annotated[int, typer.Option(min=0, help="More that may wait; others are told 429.")] = 256,
     max_body_mib: Annotated[float, typer.Option(min=0.001, help="Of one request; larger ones are told 413.")] = 64.0,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Of a clip.")] = MAX_AUDIO_SECONDS,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs for the engine.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto: float32 on CPU, else the model's own.")] = "auto",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and response. Default: the model's.")
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Trajectories that the engine runs at once.")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(min=0.1, max=1.0)] = 0.9,
-    cpu_kv_cache_gib: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    engine_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=JSON", help="Any other argument of vLLM's AsyncEngineArgs.")
-    ] = None,
+    device: DeviceOption = "auto",
+    tensor_parallel: TensorParallelOption = 1,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    max_num_seqs: MaxNumSeqsOption = None,
+    gpu_memory_utilization: GpuMemoryOption = 0.9,
+    cpu_kv_cache_gib: CpuKvCacheOption = 1.0,
+    engine_arg: EngineArgOption = None,
 ) -> None:
     """Serve a model that listens again over OpenAI's chat completions, for other people's harnesses.
 
