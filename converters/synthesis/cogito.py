@@ -2,9 +2,10 @@
 
     python -m converters.synthesis.cogito CONFIG.yaml [--stage NAME ...] [--dry-run]
 
-clips -> question (an audio model, shown seed questions: one to three with hard distractors) -> check -> think (an
-audio model answers without the key; its `reasoning_content` is the chain of thought, kept where it found the key)
--> judge -> silence, difficulty (where the config has models for them) -> select.
+clips -> screen (what a benchmark holds, sounds that are there twice) -> question (an audio model, shown seed questions:
+one to three with hard distractors) -> check -> think (an audio model answers without the key; its `reasoning_content`
+is the chain of thought, kept where it found the key) -> judge -> silence, difficulty (where the config has models for
+them) -> select.
 
 The chains of thought are free-form, without tags: give `filters: {min_segments: 0}`.
 """
@@ -29,6 +30,7 @@ from converters.synthesis.stages import (
     CLIPS,
     DIFFICULTY,
     JUDGE,
+    SCREEN,
     SILENCE,
     Draft,
     chosen,
@@ -115,6 +117,7 @@ def _content(content: str) -> str:
 
 STAGES = (
     CLIPS,
+    SCREEN,
     Stage(
         "question",
         rows=question,

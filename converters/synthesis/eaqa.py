@@ -2,10 +2,10 @@
 
     python -m converters.synthesis.eaqa CONFIG.yaml [--stage NAME ...] [--dry-run]
 
-clips -> caption (an audio model: description, speech, music) -> question (a text model: question, choices, answer,
-chain of thought with tags) -> check -> judge (question and chain of thought apart) -> silence, difficulty (where the
-config has models for them) -> select. Both good goes to SFT, only the question good to RL. Source: the paper's section
-on EAQA; the prompts are our own.
+clips -> screen (what a benchmark holds, sounds that are there twice) -> caption (an audio model: description, speech,
+music) -> question (a text model: question, choices, answer, chain of thought with tags) -> check -> judge (question and
+chain of thought apart) -> silence, difficulty (where the config has models for them) -> select. Both good goes to SFT,
+only the question good to RL. Source: the paper's section on EAQA; the prompts are our own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from converters.synthesis.stages import (
     CLIPS,
     DIFFICULTY,
     JUDGE,
+    SCREEN,
     SILENCE,
     Draft,
     domain_of,
@@ -73,6 +74,7 @@ def _draft(content: str) -> dict[str, object]:
 
 STAGES = (
     CLIPS,
+    SCREEN,
     Stage("caption", rows=caption, prompts=("eaqa/description", "eaqa/speech", "eaqa/music"), asks=True),
     Stage("question", rows=question, prompts=("eaqa/question_sound", "eaqa/question_music"), asks=True),
     CHECK,

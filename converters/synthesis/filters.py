@@ -14,6 +14,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -264,21 +265,16 @@ _TIME_KEYS = ("timestamp", "timestamps", "start_time", "start")
 _YOUTUBE = re.compile(r"(?:v=|youtu\.be/|/shorts/|/embed/|\A)([A-Za-z0-9_-]{11})(?:\Z|[?&#])")
 
 
-class Contamination:
-    """`find(sample)` says which benchmark holds a row's clip or its question.
+class HeldClips:
+    """`find(sample)` says which benchmark holds a clip: by id or file name, url and time stamp, decoded sound."""
 
-    By id or file name, url and time stamp, decoded sound, and words of the question (Jaccard).
-    """
-
-    def __init__(self, benchmarks: Sequence[Benchmark], jaccard: float) -> None:
-        self._jaccard = jaccard
+    def __init__(self, benchmarks: Sequence[Benchmark]) -> None:
         self._ids: dict[str, str] = {}
         self._spots: dict[str, dict[str, str]] = defaultdict(dict)  # url -> times -> where; "" is all of it
         self._sounds: dict[str, str] = {}
-        self._questions: list[tuple[frozenset[str], str]] = []
-        self._by_word: dict[str, list[int]] = defaultdict(list)
         for benchmark in benchmarks:
-            self._read(benchmark)
+            for line, row, where in _benchmark_rows(benchmark):
+                self._read(benchmark, line, row, where)
 
     def find(self, sample: Sample) -> str | None:
         """None where no benchmark holds it."""
@@ -292,34 +288,42 @@ class Contamination:
                     return f"{where} is of {url} {other}".rstrip()
         if sample.audio_sha256 in self._sounds:
             return f"{self._sounds[sample.audio_sha256]} has the same sound"
-        return self.alike_question(frozenset(words_of(sample.question or "")))
+        return None
 
-    def add_question(self, words: frozenset[str], where: str) -> None:
+    def _read(self, benchmark: Benchmark, line: int, row: Mapping[str, Any], where: str) -> None:
+        for found in _names(row, _ID_KEYS):
+            self._ids.setdefault(found, where)
+        for url, times in _spots(row):
+            self._spots[url].setdefault(times, where)
+        path = row.get("audio") or row.get("audio_path") or row.get("audio_id")
+        if benchmark.audio_root and isinstance(path, str):
+            try:
+                self._sounds.setdefault(audio_hash(resolve_path(benchmark.audio_root, path)), where)
+            except AudioError as error:
+                raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: {error}") from error
+
+
+class HeldQuestions:
+    """`find(question)` says which benchmark asks nearly the same: by the share of words in common (Jaccard)."""
+
+    def __init__(self, benchmarks: Sequence[Benchmark], jaccard: float) -> None:
+        self._jaccard = jaccard
+        self._questions: list[tuple[frozenset[str], str]] = []
+        self._by_word: dict[str, list[int]] = defaultdict(list)
+        for benchmark in benchmarks:
+            for _, row, where in _benchmark_rows(benchmark):
+                self.add(frozenset(words_of(str(row.get("question") or ""))), where)
+
+    def find(self, question: str) -> str | None:
+        """None where no benchmark does."""
+        return self.alike(frozenset(words_of(question)))
+
+    def add(self, words: frozenset[str], where: str) -> None:
         for word in words:
             self._by_word[word].append(len(self._questions))
         self._questions.append((words, where))
 
-    def _read(self, benchmark: Benchmark) -> None:
-        name = benchmark.file.stem
-        for line, row in read_rows(benchmark.file, lambda _: None):
-            if not isinstance(row, dict):
-                raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: a row is a JSON object")
-            where = f"{name} ({row.get('id', line)})"
-            meta = row.get("meta")
-            row = {**(meta if isinstance(meta, dict) else {}), **row}
-            for found in _names(row, _ID_KEYS):
-                self._ids.setdefault(found, where)
-            for url, times in _spots(row):
-                self._spots[url].setdefault(times, where)
-            self.add_question(frozenset(words_of(str(row.get("question") or ""))), where)
-            path = row.get("audio") or row.get("audio_path") or row.get("audio_id")
-            if benchmark.audio_root and isinstance(path, str):
-                try:
-                    self._sounds.setdefault(audio_hash(resolve_path(benchmark.audio_root, path)), where)
-                except AudioError as error:
-                    raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: {error}") from error
-
-    def alike_question(self, words: frozenset[str]) -> str | None:
+    def alike(self, words: frozenset[str]) -> str | None:
         """Sets this alike have most words in common, so one of a few of them: the rarest, which few questions have."""
         rarest = sorted(words, key=lambda word: (len(self._by_word.get(word, ())), word))
         prefix = rarest[: len(words) - math.ceil(self._jaccard * len(words)) + 1]
@@ -329,6 +333,21 @@ class Contamination:
             if alike >= self._jaccard:
                 return f"{where} asks nearly the same ({alike:.2f} of the words)"
         return None
+
+
+@lru_cache(1)
+def held_questions(benchmarks: tuple[Benchmark, ...], jaccard: float) -> HeldQuestions:
+    return HeldQuestions(benchmarks, jaccard)
+
+
+def _benchmark_rows(benchmark: Benchmark) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Line, row with what stands under its `meta`, and its name in messages. Raises ConfigError."""
+    for line, row in read_rows(benchmark.file, lambda _: None):
+        if not isinstance(row, dict):
+            raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: a row is a JSON object")
+        meta = row.get("meta")
+        where = f"{benchmark.file.stem} ({row.get('id', line)})"
+        yield line, {**(meta if isinstance(meta, dict) else {}), **row}, where
 
 
 def _names(row: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:

@@ -5,11 +5,10 @@
     RUN/STAGE-HASH/rows/*.jsonl   one file a task, written whole; the hash is of all that decides what stands in it
     RUN/STAGE-HASH/completions/   datatrove's marker of each finished task; RUN/STAGE-HASH/errors/ why one is not
     RUN/STAGE-HASH/timing/        how long the requests of a task took, for `plan`
-    RUN/journal/STAGE/            every answer that was paid for, by the hash of its request
+    RUN/journal/STAGE/            every answer that was paid for, by the hash of its request; one file a task
 
-A changed prompt, model, seed or threshold makes its stage and those after it run again in folders of their own;
-whatever requests stay the same are answered from the journal. The input is dealt out to tasks by line: with another
-number of `tasks` the journals no longer fit, and everything is asked anew.
+A changed prompt, model, seed, threshold or number of tasks makes its stage and those after it run again in folders of
+their own; whatever requests stay the same are answered from the journals.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import multiprocess.process
+import orjson
 import typer
 import yaml
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -48,7 +48,7 @@ from converters.synthesis.asker import SILENCE, Asker, Unanswered, Unusable, wri
 from converters.synthesis.config import Config, ConfigError, Endpoint, ExecutorKind, Limits, read_config
 from converters.synthesis.sample import Sample
 from converters.synthesis.templates import Prompts
-from echo_plugins.chat_client import ChatClient, ChatError
+from echo_plugins.chat_client import ChatClient, ChatError, Journal
 from echo_plugins.chat_client import Limits as ServerLimits
 
 # datatrove would log every task to stderr at length; what goes wrong is told once, by `run`.
@@ -76,21 +76,24 @@ class Context:
 
 RowWork = Callable[[Sample, Asker, Context], Awaitable[list[Sample]]]
 SourceWork = Callable[[Context, int, int], Iterator[Sample]]
+Screen = Callable[[Context], Callable[[Sample], Sample]]
 SetWork = Callable[[Iterator[Sample], Context], None]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a pipeline: exactly one of `source`, `rows` and `whole`.
+    """One step of a pipeline: exactly one of `source`, `rows`, `screen` and `whole`.
 
-    `source(context, rank, tasks)` makes the first rows; `rows` makes rows of a row, most by asking a model; `whole`
-    sees the rows of all tasks at once. `prompts` and `settings` (keys of the config) decide the outcome. A stage that
+    `source(context, rank, tasks)` makes the first rows; `rows` makes rows of a row, most by asking a model;
+    `screen(context)` gives a judge that is shown the rows of all tasks, one after the other, and drops some; `whole`
+    makes files of the rows of all tasks. `prompts` and `settings` (keys of the config) decide the outcome. A stage that
     `asks` needs a model in the config; an `optional` one is left out without.
     """
 
     name: str
     source: SourceWork | None = None
     rows: RowWork | None = None
+    screen: Screen | None = None
     whole: SetWork | None = None
     prompts: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
@@ -161,7 +164,7 @@ def place(stages: Sequence[Stage], config: Config, prompts: Prompts) -> list[Pla
         }
         identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         folder = config.output / f"{stage.name}-{identity[:_HASH_CHARS]}"
-        placed.append(Placed(stage, folder, before, endpoints, 1 if stage.whole else config.tasks))
+        placed.append(Placed(stage, folder, before, endpoints, 1 if stage.whole or stage.screen else config.tasks))
         before = folder
     return placed
 
@@ -170,6 +173,8 @@ def _setting(config: Config, name: str) -> Any:
     """What a setting says, whatever file it says it in."""
     if name == "filters":
         return config.limits().model_dump()
+    if name == "benchmarks":
+        return [[_file_hash(benchmark.file), str(benchmark.audio_root)] for benchmark in config.benchmarks]
     value = config.model_dump(mode="json")[name]
     return _file_hash(config.seeds) if name == "seeds" else value
 
@@ -216,6 +221,16 @@ class StageStep(PipelineStep):
 
     def _work(self, placed: Placed, context: Context, prompts: Prompts, rank: int, tasks: int) -> None:
         stage = placed.stage
+        if stage.screen is not None:
+            judge = stage.screen(context)
+            for number in range(context.config.tasks):
+                assert placed.before is not None
+                with StagedFile(placed.rows_file(number)) as staged:
+                    with staged.path.open("wb") as out:
+                        for sample in read_samples(rows_file(placed.before, number)):
+                            out.write(_line(sample if sample.dropped else judge(sample)))
+                    staged.commit()
+            return
         if stage.whole is not None:
             assert placed.before is not None
             files = [rows_file(placed.before, number) for number in range(context.config.tasks)]
@@ -333,10 +348,39 @@ async def _clients(placed: Placed, context: Context, rank: int, workers: int) ->
                 longest_wait_seconds=endpoint.longest_wait_seconds,
                 first_wait_seconds=min(1.0, endpoint.longest_wait_seconds),
             )
-            journal = context.config.output / "journal" / placed.stage.name / f"{rank:05d}-{number}.jsonl"
+            journals = context.config.output / "journal" / placed.stage.name
+            journal = journals / f"{rank:05d}-of-{placed.tasks:05d}-{number}.jsonl"
+            # Other divisions into tasks; the own one is left to its tasks, which may be writing.
+            others = set(journals.glob(f"*-{number}.jsonl")) - set(journals.glob(f"*-of-{placed.tasks:05d}-*"))
+            if others and placed.before is not None:
+                _carry_over(journal, sorted(others), {s.id for s in read_samples(rows_file(placed.before, rank))})
             client = ChatClient(endpoint.url, key_variable=endpoint.key_variable, limits=limits, journal=journal)
             clients.append(await stack.enter_async_context(client))
         yield clients
+
+
+def _carry_over(journal: Path, others: Iterable[Path], ids: set[str]) -> None:
+    """Take over what was paid for these rows when the input was dealt out to another number of tasks.
+
+    Raises ChatError where another process writes to `journal`, or one of `others` is no journal.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in others:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):  # half written, when its run was killed
+                    break
+                try:
+                    entry = orjson.loads(line)
+                    if entry.get("label") in ids:
+                        found[entry.pop("key")] = entry
+                except (ValueError, AttributeError, KeyError) as error:
+                    raise ChatError(f"{file}, line {number}: no entry of a journal ({error!r})") from error
+    own = Journal(journal)
+    for key, entry in found.items():
+        if own.get(key) is None:
+            own.append(key, entry)
+    own.close()
 
 
 def _note_time(folder: Path, rank: int, seconds: float, workers: int, clients: list[ChatClient]) -> None:
@@ -484,14 +528,14 @@ def _progress(placed: Placed, config: Config) -> Iterator[None]:
         yield
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    journal = config.output / "journal" / placed.stage.name
+    journals = config.output / "journal" / placed.stage.name
     over = threading.Event()
 
     def watch() -> None:
         read: dict[Path, int] = {}
         answers = 0
         while not over.wait(_POLL_SECONDS):
-            for file in journal.glob("*.jsonl"):
+            for file in journals.glob(f"*-of-{placed.tasks:05d}-*.jsonl"):
                 with file.open("rb") as lines:
                     lines.seek(read.get(file, 0))
                     answers += lines.read().count(b"\n")

@@ -19,7 +19,7 @@ import orjson
 from converters.atomic import StagedFile
 from converters.audio_qa import RowError
 from converters.holdout import held_recordings
-from converters.synthesis.filters import Contamination, Duplicates
+from converters.synthesis.filters import Duplicates
 from converters.synthesis.report import write_report
 from converters.synthesis.runner import Context, Stage
 from converters.synthesis.sample import Sample
@@ -29,7 +29,7 @@ FILES = ("sft", "rl", "validation")
 
 
 def select(samples: Iterator[Sample], context: Context) -> None:
-    """Drop duplicates and what benchmarks hold, set recordings aside, write the rows and what is known about them."""
+    """Drop duplicates, set recordings aside, write the rows and what is known about them."""
     config, folder = context.config, context.folder
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -74,11 +74,10 @@ def _read(file: Path) -> Iterator[Sample]:
 def _judged(samples: Iterator[Sample], context: Context) -> Iterator[Sample]:
     limits = context.limits
     duplicates = Duplicates(limits.near_duplicate)
-    contamination = Contamination(context.config.benchmarks, limits.contamination_jaccard)
     of_recording: Counter[str] = Counter()
     for sample in samples:
         if sample.dropped is None:
-            sample = _judge(sample, duplicates, contamination)
+            sample = _judge(sample, duplicates)
         if sample.dropped is None:
             of_recording[sample.recording] += 1
             if 0 < limits.max_per_recording < of_recording[sample.recording]:
@@ -87,16 +86,14 @@ def _judged(samples: Iterator[Sample], context: Context) -> Iterator[Sample]:
         yield sample
 
 
-def _judge(sample: Sample, duplicates: Duplicates, contamination: Contamination) -> Sample:
+def _judge(sample: Sample, duplicates: Duplicates) -> Sample:
     try:
         sample.to_record()
     except RowError as error:
         return sample.drop(SELECT_NAME, str(error.reason), error.detail)
-    if (found := contamination.find(sample)) is not None:
-        return sample.drop(SELECT_NAME, "contamination", found)
     if (twin := duplicates.find(sample)) is not None:
         return sample.drop(SELECT_NAME, twin[0], f"of {twin[1]}")
     return sample
 
 
-SELECT = Stage(SELECT_NAME, whole=select, settings=("filters", "benchmarks", "validation_rows", "report_rows"))
+SELECT = Stage(SELECT_NAME, whole=select, settings=("filters", "validation_rows", "report_rows"))

@@ -1,8 +1,9 @@
-"""What both pipelines do alike: take clips in, check rows, judge them, ask with silence, sample for difficulty."""
+"""What both pipelines do alike: take clips in and screen them, check rows, judge them, ask with silence, sample for
+difficulty."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -87,6 +88,21 @@ def _sample(record: LabelledAudio, root: AudioRoot) -> Sample:
     return sample.model_copy(update={"domain": domain_of(sample)})
 
 
+def screen_clips(context: Context) -> Callable[[Sample], Sample]:
+    """What a clip alone is enough for, before anything is asked about it: a benchmark holds it, or an earlier clip is
+    the same sound under another name."""
+    held = filters.HeldClips(context.config.benchmarks)
+    heard: dict[str, str] = {}
+
+    def judge(sample: Sample) -> Sample:
+        if (where := held.find(sample)) is not None:
+            return sample.drop("screen", "contamination", where)
+        first = heard.setdefault(sample.audio_sha256, sample.id)
+        return sample if first == sample.id else sample.drop("screen", "repeated_sound", f"of {first}")
+
+    return judge
+
+
 def domain_of(sample: Sample) -> str:
     """What the set says; else what its labels or the captions show."""
     if sample.meta.get("domain") in _DOMAINS:
@@ -139,6 +155,9 @@ async def check(sample: Sample, asker: Asker, context: Context) -> list[Sample]:
     for rule in filters.QUESTION_FILTERS:
         if (wrong := rule(sample, context.limits)) is not None:
             return [sample.drop("check", rule.__name__, wrong)]
+    held = filters.held_questions(tuple(context.config.benchmarks), context.limits.contamination_jaccard)
+    if (where := held.find(sample.question or "")) is not None:
+        return [sample.drop("check", "contamination", where)]
     for rule in filters.DRAFT_FILTERS:
         if sample.think is not None and (wrong := rule(sample, context.limits)) is not None:
             sample = sample.without_think("check", rule.__name__, wrong)
@@ -246,7 +265,8 @@ class Draft(BaseModel):
 
 
 CLIPS = Stage("clips", source=take_clips)
-CHECK = Stage("check", rows=check, settings=("filters",))
+SCREEN = Stage("screen", screen=screen_clips, settings=("benchmarks",))
+CHECK = Stage("check", rows=check, settings=("filters", "benchmarks"))
 JUDGE = Stage("judge", rows=judge, prompts=("shared/judge",), asks=True)
 SILENCE = Stage(
     "silence",

@@ -1,6 +1,7 @@
 """Both pipelines as a user runs them, against a real server that misbehaves, killed in every stage."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ def is_in(stage: str, run: Path) -> bool:
     if any((run / "journal" / stage).glob("*.jsonl")):
         lines = sum(file.read_bytes().count(b"\n") for file in (run / "journal" / stage).glob("*.jsonl"))
         return lines >= CONCURRENCY
-    return stage in ("clips", "check", "select") and any(run.glob(f"{stage}-*/executor.json"))
+    return stage in ("clips", "screen", "check", "select") and any(run.glob(f"{stage}-*/executor.json"))
 
 
 @pytest.mark.parametrize(
     ("pipeline", "stages"),
     [
-        ("eaqa", ("clips", "caption", "question", "check", "judge", "silence", "difficulty", "select")),
+        ("eaqa", ("clips", "screen", "caption", "question", "check", "judge", "silence", "difficulty", "select")),
         ("cogito", ("think",)),
     ],
 )
@@ -63,7 +64,9 @@ def test_killed_in_every_stage_no_row_is_lost_or_twice_and_only_what_was_in_flig
     assert all("think" in row for row in after["sft"]) and not any("think" in row for row in after["rl"])
 
 
-def test_a_server_that_is_down_costs_nothing_and_the_same_command_goes_on(soundscapes: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_down_costs_nothing_and_what_was_paid_is_kept_for_any_number_of_tasks(
+    soundscapes: Path, tmp_path: Path
+) -> None:
     clips_of(soundscapes, tmp_path / "clips.jsonl", NUM_CLIPS)
     models = RuleModels()
     up = False
@@ -79,10 +82,56 @@ def test_a_server_that_is_down_costs_nothing_and_the_same_command_goes_on(sounds
         assert "judge" in refused.stderr and "Give the same command again" in refused.stderr
         assert "Traceback" not in refused.stderr
         up = True
+        made = []
+        for tasks in (3, 1):
+            done = synthesis_run.run("eaqa", write_config(tmp_path, "eaqa", server.url, soundscapes, tasks=tasks))
+            assert done.returncode == 0, done.stderr
+            assert max(models.paid.values()) == 1
+            found = written(tmp_path / "run")
+            made.append({name: sorted(map(json.dumps, map(timeless, found[name]))) for name in found})
+    assert made[0] == made[1] and made[0]["sft"]
+    assert not [row for row in made[0]["dropped"] if "unanswered" in row]
+
+
+def test_what_a_benchmark_holds_and_what_is_there_twice_is_out_before_it_is_paid_for(
+    soundscapes: Path, tmp_path: Path
+) -> None:
+    clips_of(soundscapes, tmp_path / "clips.jsonl", NUM_CLIPS)
+    clips = rows(tmp_path / "clips.jsonl")
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    for clip in clips:
+        shutil.copy(soundscapes / clip["audio"], audio / f"{clip['id']}.wav")
+        clip["audio"] = f"{clip['id']}.wav"
+    shutil.copy(audio / clips[0]["audio"], audio / "held.wav")
+    shutil.copy(audio / clips[2]["audio"], audio / "twin.wav")
+    spot = {"url": "https://www.youtube.com/watch?v=abcdefghijk", "timestamp": "00:10,00:20"}
+    clips[1]["meta"] = spot
+    clips.append(clips[2] | {"id": "twin", "audio": "twin.wav"})
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in clips))
+    asked = "Which sound comes first, if each is taken in the order of its start?"  # rule_models.draft
+    benchmark = [{"id": "1", "audio": "held.wav", "question": "What is it?"}, {"id": "2", "question": asked, **spot}]
+    (tmp_path / "mmar.json").write_text(json.dumps(benchmark))
+    models = RuleModels()
+    with misbehaving_server(models) as server:
+        held = [{"file": "mmar.json", "audio_root": "audio"}]
+        config = write_config(tmp_path, "eaqa", server.url, audio, benchmarks=held)
         done = synthesis_run.run("eaqa", config)
     assert done.returncode == 0, done.stderr
-    assert max(models.paid.values()) == 1
-    assert not [row for row in written(tmp_path / "run")["dropped"] if row["reason"] == "unanswered"]
+    dropped = {(row["id"], row["stage"], row["reason"]) for row in written(tmp_path / "run")["dropped"]}
+    screened = {
+        (clips[0]["id"], "screen", "contamination"),
+        (clips[1]["id"], "screen", "contamination"),
+        ("twin", "screen", "repeated_sound"),
+    }
+    assert {row for row in dropped if row[1] == "screen"} == screened
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    stages = {stage["name"]: stage for stage in summary["stages"]}
+    assert stages["screen"]["dropped"] == {"contamination": 2, "repeated_sound": 1}
+    assert models.kinds["caption"] == 3 * (NUM_CLIPS - 2)
+    of_questions = stages["check"]["dropped"]["contamination"]
+    assert of_questions > 0 and models.kinds["judge"] == NUM_CLIPS - 2 - of_questions
+    assert not [body for body in models.paid if "You check material" in body and asked in body]
 
 
 def test_what_the_pipeline_makes_is_taken_by_both_exporters(soundscapes: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from converters.synthesis import cogito, eaqa, plan
 from converters.synthesis.asker import json_object
-from converters.synthesis.config import DEFAULT_SEEDS, Config, ConfigError, Price, read_config
+from converters.synthesis.config import DEFAULT_SEEDS, Benchmark, Config, ConfigError, Price, read_config
 from converters.synthesis.report import write_report
 from converters.synthesis.runner import Context, choose, describe, place
 from converters.synthesis.sample import Sample
@@ -116,6 +116,12 @@ def test_a_stage_writes_to_a_folder_named_by_what_decides_its_rows(tmp_path: Pat
     assert folders(stages=elsewhere) == first
     thresholds = folders(filters={"max_overlap": 0.1})
     assert {name for name in first if thresholds[name] != first[name]} == {"check", "judge", "select"}
+    rows = tmp_path / "mmar.jsonl"
+    held = []
+    for text in ("{}\n", '{"id": "BV1xw411A7gP_00"}\n'):
+        rows.write_text(text)
+        held.append(folders(benchmarks=[Benchmark(file=rows)]))
+    assert held[0]["clips"] == held[1]["clips"] and held[0]["screen"] != held[1]["screen"]
     (tmp_path / "mine/eaqa").mkdir(parents=True)
     (tmp_path / "mine/eaqa/music.md").write_text("What music is there? Reply with exactly: NONE if there is none.")
     prompted = folders(prompts=tmp_path / "mine")
@@ -129,7 +135,7 @@ def test_a_stage_waits_for_the_one_before_it(tmp_path: Path) -> None:
         choose(placed, ["judge"])
     with pytest.raises(ConfigError, match="no stage hear"):
         choose(placed, ["hear"])
-    assert [p.stage.name for p in choose(placed, ["clips", "caption"])] == ["clips", "caption"]
+    assert [p.stage.name for p in choose(placed, ["clips", "screen"])] == ["clips", "screen"]
     assert "prompt eaqa/speech@" in describe(placed, config, Prompts())
 
 
