@@ -47,6 +47,9 @@ def main() -> None:
 
 def run_rank(rank: int, world: int, config: Any, jobs: dict[str, Job], results_file: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # PyTorch renews its pool of threads at its first use after a fork. Autograd's threads, eight at once, would race
+    # for it, and now and then one would find none ("Invalid thread pool!").
+    torch.set_num_threads(1)
     os.environ["DIST_INIT_METHOD"] = f"file://{results_file}.{world}.rendezvous"
     actor = Actor(config)
     results = {name: getattr(actor, job["method"])(job["ranks"][rank], **job["options"]) for name, job in jobs.items()}
