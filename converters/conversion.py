@@ -307,7 +307,7 @@ class Job:
                 items.append(self.render(self.audio.check(record), index))
                 good.append((line, row_id))
             except RowError as error:
-                rejected.append((line, row_id, error))
+                rejected.append((line, row_id, error.with_traceback(None)))  # a traceback would keep the chunk alive
         return Judged(len(chunk), good, self.form.pack(items), rejected)
 
 

@@ -141,7 +141,7 @@ class _Folder:
         with StagedFile(file) as staged, StagedFile(tally.side) as staged_side:
             with staged_side.path.open("wb") as side:
                 self._conversion.write(hashed(), number * self._shard_rows, staged.path, side, tally)
-            sha256 = _sha256_of(staged.path)
+            sha256 = sha256_of(staged.path)
             reasons = {str(reason): number for reason, number in sorted(tally.rejected.items())}
             size = staged.path.stat().st_size
             shard = Shard(file.name, tally.written, size, sha256, tally.read, source.hexdigest(), reasons)
@@ -199,11 +199,11 @@ def problem_of(folder: Path, shard: Shard) -> str | None:
     file = folder / shard.file
     if not file.is_file():
         return f"{shard.file} is missing"
-    size, sha256 = file.stat().st_size, _sha256_of(file)
+    size, sha256 = file.stat().st_size, sha256_of(file)
     return None if sha256 == shard.sha256 else f"{shard.file} has {size} bytes with other contents, not {shard.bytes}"
 
 
-def _sha256_of(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

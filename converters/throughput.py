@@ -4,13 +4,16 @@
 
 The rows are made up, 1.6 kB each, over five short audio files. The copy reads them as Parquet and writes them again,
 before and after each exporter: the mean counts, since a machine is seldom alone. Memory is the proportional set size of
-an exporter and all its worker processes together, sampled. Exit status 1 when a bound is not met.
+an exporter and all its worker processes together, sampled. With `--kills N` each exporter runs once more, is killed N
+times on its way and given the same command again: its files must be those of the run before, to the byte. Exit status 1
+when a bound is not met.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +30,7 @@ import pyarrow.parquet as pq
 import soundfile
 import typer
 
-from converters import conversion
+from converters import conversion, shards
 
 MIN_RATE_OF_COPY = 0.25
 MAX_MEGABYTES = 400
@@ -71,6 +74,7 @@ class Measured:
     rows_per_second: float
     rate_of_copy: float
     megabytes: float
+    same_after_kills: bool | None = None  # None: not asked for
 
 
 @app.command()
@@ -79,6 +83,7 @@ def main(
     exporter: Annotated[list[str], typer.Option(help=f"Of {', '.join(EXPORTERS)}.", show_default="all")] = [],  # noqa: B006
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
     shard_rows: Annotated[int, typer.Option(min=1, help="As the exporters' own.")] = 100_000,
+    kills: Annotated[int, typer.Option(min=0, help="Times to kill each exporter in a run of its own.")] = 0,
     work: Annotated[Path | None, typer.Option(help="Keep the made-up rows here, for another run.")] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the figures here too.")] = None,
 ) -> None:
@@ -95,14 +100,20 @@ def main(
             before = copy_seconds(original)
             typer.echo(f"{num_rows} rows, {source.stat().st_size >> 20} MB")
             for key in chosen:
-                words = [*EXPORTERS[key], str(source), str(folder / "out"), "--audio-root", str(folder / "audio")]
-                words += ["--workers", str(workers), "--shard-rows", str(shard_rows)]
-                seconds, cpu_seconds, megabytes = run(words)
+                out = folder / "out"
+                module, *options = EXPORTERS[key]
+                options += ["--audio-root", str(folder / "audio")]
+                options += ["--workers", str(workers), "--shard-rows", str(shard_rows)]
+                command = [sys.executable, "-m", f"converters.{module}", *options, str(source)]
+                seconds, cpu_seconds, megabytes = run([*command, str(out)])
                 after = copy_seconds(original)
+                same = same_after_kills(command, out, folder / "killed", kills, seconds) if kills else None
                 rate, copy_rate = num_rows / seconds, 2 * num_rows / (before + after)
-                measured.append(Measured(key, num_rows, seconds, cpu_seconds, rate, rate / copy_rate, megabytes))
+                measured.append(Measured(key, num_rows, seconds, cpu_seconds, rate, rate / copy_rate, megabytes, same))
                 beside = f"{rate / copy_rate:.2f} of {copy_rate:,.0f} copied rows/s"
-                typer.echo(f"  {key:22} {rate:>9,.0f} rows/s, {beside}, {megabytes:.0f} MB, {cpu_seconds:.0f} CPU s")
+                resumed = "" if same is None else f", {'the same' if same else 'OTHER'} bytes after {kills} kills"
+                text = f"{rate:>9,.0f} rows/s, {beside}, {megabytes:.0f} MB, {cpu_seconds:.0f} CPU s{resumed}"
+                typer.echo(f"  {key:22} {text}")
                 before = after
     missed = missed_bounds(measured)
     if json:
@@ -116,6 +127,7 @@ def missed_bounds(measured: list[Measured]) -> list[str]:
     """What is slower, larger or grows more than it may, in words."""
     missed = [f"{m.exporter}, {m.rows} rows: {m.rate_of_copy:.2f} of the copy" for m in measured if _slow(m)]
     missed += [f"{m.exporter}, {m.rows} rows: {m.megabytes:.0f} MB" for m in measured if m.megabytes > MAX_MEGABYTES]
+    missed += [f"{m.exporter}, {m.rows} rows: other bytes after kills" for m in measured if m.same_after_kills is False]
     for key in dict.fromkeys(m.exporter for m in measured):
         first, *_, last = [m for m in measured if m.exporter == key] * 2
         if last.megabytes > first.megabytes * (1 + MAX_GROWTH):
@@ -186,11 +198,33 @@ def copy_seconds(original: Path) -> float:
     return seconds
 
 
-def run(words: list[str]) -> tuple[float, float, float]:
-    """Wall and CPU seconds of `python -m converters.WORDS`, start and imports included, and its peak memory in MB."""
+def same_after_kills(command: list[str], whole: Path, killed: Path, kills: int, seconds: float) -> bool:
+    """Whether a run that is killed `kills` times, at even parts of its `seconds`, and given again, leaves what `whole`
+    holds."""
+    shutil.rmtree(killed, ignore_errors=True)
+    for _ in range(kills):
+        process = subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL)
+        try:
+            process.wait(seconds / (kills + 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if (killed / shards.MANIFEST).exists():
+            raise RuntimeError(f"{' '.join(command)}: too few rows to be killed {kills} times")
+    run([*command, str(killed)])
+    return digests(killed) == digests(whole)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file under `folder`."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): shards.sha256_of(file) for file in files}
+
+
+def run(command: list[str]) -> tuple[float, float, float]:
+    """Wall and CPU seconds of an exporter, start and imports included, and its peak memory in MB."""
     started, peak, cpu = time.perf_counter(), 0.0, dict[int, float]()
-    module, *rest = words
-    process = subprocess.Popen([sys.executable, "-m", f"converters.{module}", *rest], stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while process.poll() is None:
         family = _family(process.pid)
         peak = max(peak, sum(map(_megabytes, family)))
@@ -199,7 +233,7 @@ def run(words: list[str]) -> tuple[float, float, float]:
     seconds = time.perf_counter() - started
     if process.returncode:
         said = process.stderr.read().decode() if process.stderr else ""
-        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}: {said}")
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {said}")
     return seconds, sum(cpu.values()), peak
 
 

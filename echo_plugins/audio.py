@@ -108,8 +108,12 @@ def parse_fragment(reference: str) -> tuple[str, tuple[float, float] | None]:
 
 def format_fragment(path: str, start_seconds: float, end_seconds: float) -> str:
     """The reverse of `parse_fragment`, exact: rounded times would crop other samples than the rollout does."""
-    start, end = (np.format_float_positional(value, min_digits=2) for value in (start_seconds, end_seconds))
-    return f"{path}#t={start},{end}"
+    return f"{path}#t={_exact(start_seconds)},{_exact(end_seconds)}"
+
+
+def _exact(seconds: float) -> str:
+    text = f"{seconds:.2f}"  # as most tags are written; numpy's search for the fewest digits takes ten times as long
+    return text if float(text) == seconds else np.format_float_positional(seconds, min_digits=2)
 
 
 def resolve_path(audio_root: str | os.PathLike[str], relative: str) -> Path:

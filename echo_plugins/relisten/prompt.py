@@ -36,7 +36,7 @@ def contains_reserved(text: str) -> str | None:
 
 def escape_reserved(text: str) -> str:
     """`text` with a blank after the `<` of every reserved token, which then is plain text to every tokenizer."""
-    return _RESERVED.sub(lambda match: "< " + match[0][1:], text)
+    return _RESERVED.sub(lambda match: "< " + match[0][1:], text) if "<" in text else text
 
 
 def question_text(question: str, choices: Sequence[str], mode: Mode) -> str:

@@ -271,8 +271,10 @@ def test_a_bound_that_is_missed_is_named() -> None:
     good = Measured("a", 100, 1.0, 1.0, 100.0, 0.25, 300.0)
     assert missed_bounds([good, Measured("a", 1_000, 1.0, 1.0, 100.0, 0.3, 330.0)]) == []
     slow, large = Measured("a", 1_000, 1.0, 1.0, 100.0, 0.24, 331.0), Measured("b", 1_000, 1.0, 1.0, 1.0, 1.0, 401.0)
-    assert [text.partition(":")[0] for text in missed_bounds([good, slow, large])] == [
+    other = Measured("c", 100, 1.0, 1.0, 100.0, 0.25, 300.0, same_after_kills=False)
+    assert [text.partition(":")[0] for text in missed_bounds([good, slow, large, other])] == [
         "a, 1000 rows",
         "b, 1000 rows",
+        "c, 100 rows",
         "a",
     ]
