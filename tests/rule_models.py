@@ -105,6 +105,10 @@ class RuleModels:
             return "questions", Answer(f"Here they are:\n```json\n{json.dumps({'questions': drafts})}\n```", _USAGE)
         if text.startswith("You check material"):
             return "judge", Answer(json.dumps(self.verdict(text)), _USAGE)
+        if text.startswith("Listen to the clip, then judge"):
+            names = ("audible", "unambiguous", "nontrivial")
+            verdict = {name: "no" if digest(text) % 11 == place else "yes" for place, name in enumerate(names)}
+            return "vet", Answer(json.dumps({**verdict, "why": "by rule"}), _USAGE)
         if text.startswith("Listen to the clip and answer"):
             letter = "ABCD"[mark % 2]
             choice = re.findall(rf"^\({letter}\) (.*)$", text, re.MULTILINE)[0]

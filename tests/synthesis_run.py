@@ -15,6 +15,7 @@ import yaml
 ASKING = {
     "eaqa": ("caption", "question", "judge", "silence", "difficulty"),
     "cogito": ("question", "think", "judge", "silence", "difficulty"),
+    "vet": ("vet",),
 }
 CONCURRENCY = 4
 

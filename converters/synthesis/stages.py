@@ -1,5 +1,5 @@
-"""What both pipelines do alike: take clips in and screen them, check rows, judge them, ask with silence, sample for
-difficulty."""
+"""What the pipelines do alike: take clips or rows in and screen them, check rows, judge them, ask with silence, sample
+for difficulty."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from converters.audio_qa import LabelledAudio, Reason, RowError, read_rows, recording_of
+from converters.audio_qa import AudioQA, LabelledAudio, Reason, Record, RowError, read_rows, recording_of
 from converters.conversion import AudioRoot
 from converters.synthesis import filters
 from converters.synthesis.asker import Asker, Unusable, json_object, together
@@ -27,13 +27,22 @@ _MAX_BEATS = 64  # in a prompt: half a minute of music
 
 def take_clips(context: Context, rank: int, tasks: int) -> Iterator[Sample]:
     """Every `tasks`-th row of the input, judged with its sound. A clip that several rows name is taken once."""
+    return _take(context, rank, tasks, LabelledAudio, "clips")
+
+
+def take_questions(context: Context, rank: int, tasks: int) -> Iterator[Sample]:
+    """Every `tasks`-th row of an AudioQA manifest, judged with its sound."""
+    return _take(context, rank, tasks, AudioQA, "rows")
+
+
+def _take(context: Context, rank: int, tasks: int, kind: type[Record], stage: str) -> Iterator[Sample]:
     config = context.config
     audio = AudioRoot(config.audio_root)
     seen_ids: set[str] = set()
     seen_clips: set[str] = set()
     for number, (line, row) in enumerate(read_rows(config.input, lambda _: None)):
         row_id, path = _id_and_audio(row)
-        repeated_id, repeated_clip = row_id in seen_ids, path in seen_clips
+        repeated_id, repeated_clip = row_id in seen_ids, kind is LabelledAudio and path in seen_clips
         seen_ids |= {row_id} - {""}
         seen_clips |= {path} - {""}
         if number % tasks != rank:
@@ -54,11 +63,11 @@ def take_clips(context: Context, rank: int, tasks: int) -> Iterator[Sample]:
                 blank = blank.model_copy(update={"id": f"{row_id}#line-{line}"})
                 raise RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
             if repeated_clip:
-                yield blank.drop("clips", "repeated_clip", f"{path} was in an earlier row")
+                yield blank.drop(stage, "repeated_clip", f"{path} was in an earlier row")
                 continue
-            yield _sample(LabelledAudio.from_json(row), audio)
+            yield _sample(kind.from_json(row), audio)
         except RowError as error:
-            yield blank.drop("clips", str(error.reason), f"{config.input.name}, line {line}: {error.detail}")
+            yield blank.drop(stage, str(error.reason), f"{config.input.name}, line {line}: {error.detail}")
 
 
 def _id_and_audio(row: object) -> tuple[str, str]:
@@ -67,7 +76,7 @@ def _id_and_audio(row: object) -> tuple[str, str]:
     return str(row.get("id") or ""), str(row.get("audio") or "")
 
 
-def _sample(record: LabelledAudio, root: AudioRoot) -> Sample:
+def _sample(record: Record, root: AudioRoot) -> Sample:
     checked = root.check(record)
     try:
         sound = filters.audio_hash(checked.audio.path)
@@ -85,6 +94,9 @@ def _sample(record: LabelledAudio, root: AudioRoot) -> Sample:
         events=[event.to_json() for event in record.events],
         meta=record.meta,
     )
+    if isinstance(record, AudioQA):
+        asked = {"question": record.question, "choices": list(record.choices), "answer": record.answer}
+        sample = sample.model_copy(update=asked)
     return sample.model_copy(update={"domain": domain_of(sample)})
 
 
@@ -97,8 +109,8 @@ def screen_clips(context: Context) -> Callable[[Sample], Sample]:
     def judge(sample: Sample) -> Sample:
         if (where := held.find(sample)) is not None:
             return sample.drop("screen", "contamination", where)
-        first = heard.setdefault(sample.audio_sha256, sample.id)
-        return sample if first == sample.id else sample.drop("screen", "repeated_sound", f"of {first}")
+        first = heard.setdefault(sample.audio_sha256, sample.audio)
+        return sample if first == sample.audio else sample.drop("screen", "repeated_sound", f"of {first}")
 
     return judge
 

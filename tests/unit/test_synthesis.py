@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import soundfile
 import yaml
 from typer.testing import CliRunner
 
-from converters.synthesis import cogito, eaqa, plan
+from converters.synthesis import cogito, eaqa, plan, vet
 from converters.synthesis.asker import json_object
 from converters.synthesis.config import DEFAULT_SEEDS, Benchmark, Config, ConfigError, Price, read_config
 from converters.synthesis.report import write_report
@@ -51,16 +52,18 @@ def context_of(file: Path) -> Context:
     return Context(config, config.limits(), config.output)
 
 
-@pytest.mark.parametrize("name", ["eaqa", "cogito"])
-def test_the_examples_run_as_they_stand_once_there_is_data(name: str, tmp_path: Path) -> None:
-    for part in ("clips", "benchmarks/mmar", "benchmarks/mmau-mini"):
+@pytest.mark.parametrize(("pipeline", "asks"), [(eaqa, "judge"), (cogito, "judge"), (vet, "vet")])
+def test_the_examples_run_as_they_stand_once_there_is_data(pipeline: ModuleType, asks: str, tmp_path: Path) -> None:
+    name = f"{pipeline.__name__.rpartition('.')[2]}.yaml"
+    for part in ("clips", "avqa", "benchmarks/mmar", "benchmarks/mmau-mini"):
         (tmp_path / part).mkdir(parents=True)
-    for file in ("clips.jsonl", "benchmarks/mmar/MMAR-meta.json", "benchmarks/mmau-mini/mmau-test-mini.json"):
+    benchmarks = ("benchmarks/mmar/MMAR-meta.json", "benchmarks/mmau-mini/mmau-test-mini.json")
+    for file in ("clips.jsonl", "avqa-rows.jsonl", *benchmarks):
         (tmp_path / file).write_text("[]")
-    (tmp_path / f"{name}.yaml").write_text((EXAMPLES / f"{name}.yaml").read_text())
-    done = CliRunner().invoke({"eaqa": eaqa, "cogito": cogito}[name].app, [str(tmp_path / f"{name}.yaml"), "--dry-run"])
+    (tmp_path / name).write_text((EXAMPLES / name).read_text())
+    done = CliRunner().invoke(pipeline.app, [str(tmp_path / name), "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert "judge: 64 of 64 tasks to do" in done.output
+    assert f"{asks}: 64 of 64 tasks to do" in done.output
     assert not (tmp_path / "runs").exists()
 
 
