@@ -5,7 +5,8 @@
 rows (AudioQA, from an importer) -> screen (what a benchmark holds, sounds that are there twice) -> check -> vet (a
 model that hears the clip: can the question be answered from the sound alone, is the key the only choice that can be
 defended, does it take listening) -> silence, difficulty (where the config has models for them) -> select. A chain of
-thought that a row brings along is left behind: what goes out is RL's. Source: Echo's filter of AVQA; the prompt is ours.
+thought that a row brings along is left behind: what goes out is RL's. Source: Echo's filter of AVQA; the prompt is
+our own.
 """
 
 from __future__ import annotations
