@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from echo_plugins import audio
+from echo_plugins.end_with_client import become_client
 from echo_plugins.model import family_of, hop_length
 from echo_plugins.relisten.prompt import Mode, question_text
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
@@ -60,7 +61,6 @@ _CPU_ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
-CLIENT_VARIABLE = "ECHO_ENGINE_CLIENT"  # the id of the process that started the engine
 CPU_MODEL_LEN = 8192  # tokens; where the model takes more, a CPU's memory and patience do not
 _DECODER_THREADS = 4  # soundfile and soxr release the GIL
 GAP_SECONDS = 1.0  # of silence between the clips of a question that has several
@@ -111,7 +111,7 @@ class EngineSettings:
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # as in RL: after temperature and bias
             "disable_log_stats": True,
-            "worker_extension_cls": "eval.end_with_client.WorkerExtension",
+            "worker_extension_cls": "echo_plugins.end_with_client.WorkerExtension",
         }
         if self.device == "cpu":
             length = self.max_model_len or min(_max_positions(self.model), CPU_MODEL_LEN)
@@ -206,7 +206,7 @@ def _start(settings: EngineSettings) -> Any:
     can_fork = torch is None or torch.get_num_threads() == 1
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
         os.environ.setdefault(name, value)
-    os.environ[CLIENT_VARIABLE] = str(os.getpid())
+    become_client()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -8,7 +8,8 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from . import end_with_client
+from echo_plugins import end_with_client
+
 from .throughput import SCRIPT, Counts, peak_memory_mib, reset_peak_memory
 
 

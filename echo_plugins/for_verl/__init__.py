@@ -23,6 +23,7 @@ _ADAPTERS = {
     "verl.experimental.agent_loop.agent_loop": ".agent_loop",
     "verl.trainer.ppo.v1": ".trainer",
     "verl.workers.rollout.vllm_rollout.vllm_async_server": ".vllm_features",
+    "verl.workers.rollout.vllm_rollout.utils": ".vllm_end",
 }
 
 

@@ -1,4 +1,4 @@
-"""vLLM 0.24.0, in the processes that verl starts for it: features padded to the longest clip, and made in a thread.
+"""vLLM 0.24.0 in verl's server: features padded to the longest clip, and made in a thread.
 
 vLLM's processor of an Omni model pads every clip to the feature extractor's window, 300 s in the public checkpoints: up
 to 2 s of one core for each clip that a rollout inserts, in the one process that feeds the engine. The frames that count
@@ -16,6 +16,7 @@ from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinke
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from ..audio import pad_to_longest
+from ..end_with_client import become_client
 
 
 def pad_clips_to_longest(processing_info: Any) -> None:
@@ -52,3 +53,4 @@ def render_in_threads(engine: Any) -> None:
 pad_clips_to_longest(Qwen2_5OmniThinkerProcessingInfo)
 pad_clips_to_longest(Qwen3OmniMoeThinkerProcessingInfo)
 render_in_threads(AsyncLLM)
+become_client()

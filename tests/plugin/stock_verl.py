@@ -80,6 +80,8 @@ gaps["audio rows filtered out"] = len(rows) == 0
 # Its text only: importing it brings in the whole of vLLM.
 server = Path(verl.__file__).with_name("workers") / "rollout/vllm_rollout/vllm_async_server.py"
 gaps["prompts rendered on the event loop"] = "TokensPrompt(**prompt_kwargs)" in server.read_text()
+# Called in the workers, which it ties to EngineCore. Nothing ties EngineCore to the server.
+gaps["engines outlive their server"] = "set_death_signal" not in server.read_text()
 gaps["clips padded to the window"] = 'padding"] = "max_length"' in inspect.getsource(type(processor).__call__)
 empty = agent_loop.AgentLoopOutput(
     prompt_ids=[1], response_ids=[], response_mask=[], reward_score=0.0, metrics=agent_loop.AgentLoopMetrics()

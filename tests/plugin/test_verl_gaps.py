@@ -39,6 +39,7 @@ GAPS = {
     "audio rows filtered out": "for_verl/dataset.py maybe_filter_out_long_prompts",
     "prompts rendered on the event loop": "for_verl/vllm_features.py render_in_threads",
     "clips padded to the window": "for_verl/vllm_features.py, and pad_to_longest everywhere",
+    "engines outlive their server": "for_verl/vllm_end.py",
     "no empty response": "for_verl/agent_loop.py _response",
     "literal sync": "for_verl/trainer.py _build_replay_buffer",
     "no components in training": "for_verl/trainer.py _compute_metrics",

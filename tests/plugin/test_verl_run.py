@@ -3,11 +3,11 @@ given the same command again. One run, looked at from all sides."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -48,7 +49,8 @@ pytestmark = pytest.mark.timeout(3 * STARTUP_SECONDS)
 
 @dataclass(frozen=True)
 class Run:
-    """What the run left: its metrics and trajectories step by step, and the output of both attempts."""
+    """What the run left: its metrics and trajectories step by step, and the output of both attempts. `engines` are the
+    processes of vLLM that the first one had when it was killed, and whether each lived on."""
 
     model: Path
     output: Path
@@ -56,6 +58,7 @@ class Run:
     trajectories: dict[int, list[dict[str, Any]]]
     first_log: str
     second_log: str
+    engines: dict[str, bool]
 
 
 def rl_row(index: int, audio: str | None) -> dict[str, Any]:
@@ -113,22 +116,23 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         **{"REWARD_PRESET": str(folder / "mine.yaml"), "TRACKERS": "tensorboard wandb", "TRAJECTORY_IDS": "True"},
     }
     command = ["bash", str(ROOT / "script" / "stage2_multiturn_rl.sh"), "trainer.val_before_train=False"]
-    first_log = kill_after(output / "metrics.jsonl", command, environment, folder / "first.log")
+    first_log, engines = kill_after(output / "metrics.jsonl", command, environment, folder / "first.log")
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     files = sorted(output.glob("metrics*.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     trajectories = {step: read_jsonl(output / "trajectories" / f"{step}.jsonl") for step in range(1, STEPS + 1)}
     metrics = {line["step"]: line["data"] for line in lines}
-    return Run(model, output, metrics, trajectories, first_log, done.stdout)
+    return Run(model, output, metrics, trajectories, first_log, done.stdout, engines)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def kill_after(file: Path, command: list[str], environment: dict[str, str], log: Path) -> str:
-    """Run `command` and kill -9 all of its process group as soon as `file` holds a line."""
+def kill_after(file: Path, command: list[str], environment: dict[str, str], log: Path) -> tuple[str, dict[str, bool]]:
+    """Run `command` and kill -9 all that it has started but vLLM's engines, as soon as `file` holds a line. Returns its
+    output, and which engines lived on."""
     with log.open("w") as sink:
         process = subprocess.Popen(
             command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -140,9 +144,27 @@ def kill_after(file: Path, command: list[str], environment: dict[str, str], log:
                 assert time.monotonic() < deadline, log.read_text()[-5000:]
                 time.sleep(0.2)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return log.read_text()
+            engines = kill_all_but_the_engines(process)
+    return log.read_text(), engines
+
+
+def kill_all_but_the_engines(process: subprocess.Popen[bytes]) -> dict[str, bool]:
+    """With raylet first, which would end them. Whether each lives on ten seconds later."""
+    started = {}
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started[one] = one.name()
+    for one, name in sorted(started.items(), key=lambda item: item[1] != "raylet"):
+        if not name.startswith("VLLM::"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.kill()
+    process.wait()
+    engines = [one for one, name in started.items() if name.startswith("VLLM::")]
+    _, alive = psutil.wait_procs(engines, timeout=10)
+    for one in alive:
+        one.kill()
+    return {f"{started[one]} {one.pid}": one in alive for one in engines}
 
 
 def test_it_ends_with_its_last_step_saved(run: Run) -> None:
@@ -155,6 +177,11 @@ def test_after_a_kill_it_goes_on_from_the_checkpoint(run: Run) -> None:
     assert "setting global step to" in run.second_log and "Training from scratch" not in run.second_log
     resumed_at = int(run.second_log.split("setting global step to ")[1].split()[0])
     assert resumed_at >= 1 and f"step:{resumed_at} " not in run.second_log
+
+
+def test_after_a_kill_no_engine_lives_on_and_keeps_its_memory(run: Run) -> None:
+    assert len(run.engines) == 2 * RANKS, "an EngineCore and a worker a replica"
+    assert not any(run.engines.values()), run.engines
 
 
 def test_rollouts_listen_again(run: Run) -> None:

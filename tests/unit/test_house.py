@@ -18,15 +18,17 @@ HEAVY = {"torch", "transformers", "ray", "vllm", "verl", "swift", "pandas", "pya
 # room -> the rooms of ours that it may import (its own is always allowed)
 RELISTEN, REWARDS = "echo_plugins.relisten", "echo_plugins.rewards"
 AUDIO, MODEL, CHAT = "echo_plugins.audio", "echo_plugins.model", "echo_plugins.chat_client"
+END = "echo_plugins.end_with_client"
 MAY_IMPORT = {
     RELISTEN: set(),
     REWARDS: {RELISTEN},
     AUDIO: {RELISTEN},
     MODEL: {RELISTEN, AUDIO},
     CHAT: set(),
-    "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL},
+    END: set(),
+    "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL, END},
     "echo_plugins.for_swift": {RELISTEN, REWARDS, AUDIO, MODEL},
-    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT},
+    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END},
     "converters": {RELISTEN, AUDIO, MODEL, CHAT},
 }
 # framework -> where alone it may be imported

@@ -1,0 +1,50 @@
+"""vLLM's processes end with the process that started them, even by kill -9: in eval's engine and in verl's server.
+
+    the client -> EngineCore -> workers, one a GPU (on a CPU, eval's worker is in EngineCore's own process)
+
+Left alone EngineCore waits for its client's next message for ever, and the workers keep their memory, GPU memory too:
+the same command could not go on. vLLM ends them by what a killed process does not run, Ray by its raylet, which may be
+killed as well (`ray stop --force`). So the client says who it is before it starts an engine, and each worker watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import select
+import signal
+import threading
+from typing import Any
+
+CLIENT_VARIABLE = "ECHO_ENGINE_CLIENT"  # the client's process id, for the processes that it starts
+
+
+class WorkerExtension:
+    """What vLLM makes a part of its worker where it is told this name."""
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        end_with_client()
+        return super().__new__(cls)
+
+
+def become_client() -> None:
+    """To be called in the client before it starts an engine."""
+    os.environ[CLIENT_VARIABLE] = str(os.getpid())
+
+
+def end_with_client() -> None:
+    """To be called in a worker: from now on its engine ends when the client does."""
+    client, parent = int(os.environ.get(CLIENT_VARIABLE, os.getpid())), multiprocessing.parent_process()
+    if client != os.getpid() and parent is not None and parent.pid is not None:
+        threading.Thread(target=_watch, args=(client, parent.pid), daemon=True).start()
+
+
+def _watch(client: int, parent: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # gone already
+        ended = select.poll()
+        ended.register(os.pidfd_open(client), select.POLLIN)
+        ended.poll()
+    if os.getppid() == parent:  # EngineCore; never whom we were left to when the client itself was our parent
+        os.kill(parent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
