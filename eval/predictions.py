@@ -16,6 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from echo_plugins.relisten.segment import Segment, find_tags
+from echo_plugins.relisten.trajectory import Attempt
+
 FSYNC_SECONDS = 5.0  # what a crash of the machine, not of the program, may lose
 
 
@@ -61,6 +64,20 @@ def _rows(lines: Iterable[bytes], file: Path) -> Iterator[tuple[int, dict[str, A
         if not isinstance(row, dict) or "id" not in row:
             raise PredictionsError(f"{file}, line {number}: not a row with an id")
         yield number, row
+
+
+def segment_row(attempt: Attempt) -> dict[str, Any]:
+    """A tag in a prediction row: where it ended up, or where it pointed and why it was refused."""
+    segment = attempt.segment
+    if segment is None:
+        meanings = [tag.meaning for tag in find_tags(attempt.text)]
+        segment = next((meaning for meaning in meanings if isinstance(meaning, Segment)), None)
+    row: dict[str, Any] = {
+        "start": segment.start_seconds if segment else None,
+        "end": segment.end_seconds if segment else None,
+        "inserted": attempt.inserted,
+    }
+    return row if attempt.refusal is None else row | {"refusal": str(attempt.refusal), "text": attempt.text}
 
 
 def drop_rows(file: Path, unwanted: Callable[[Mapping[str, Any]], bool]) -> int:

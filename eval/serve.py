@@ -44,7 +44,6 @@ from echo_plugins.relisten.transcript import parse
 
 from .chat_api import ApiError, ChatRequest, Clip, question_and_audio, read_clip, read_request
 from .engine import EngineDied, EngineSettings, Question, Sampling, running_engine
-from .infer import segment_row, visible_gpus
 from .options import (
     CpuKvCacheOption,
     DeviceOption,
@@ -54,8 +53,10 @@ from .options import (
     MaxModelLenOption,
     MaxNumSeqsOption,
     TensorParallelOption,
-    engine_args,
+    engine_settings,
+    visible_gpus,
 )
+from .predictions import segment_row
 
 KEY_VARIABLE = "ECHO_API_KEY"
 BODY_SECONDS = 60.0  # for a request's body to arrive
@@ -476,38 +477,38 @@ def main(
     question. Beside OpenAI's own fields it may have `mode`, `max_segments` and `min_segment_seconds`. Set ECHO_API_KEY
     and clients have to send it as their key. /health and /metrics (Prometheus) need none.
     """
-    engine_settings = EngineSettings(
-        model=str(model),
-        device="cuda" if visible_gpus(device) else "cpu",
-        dtype=dtype,
-        tensor_parallel_size=tensor_parallel,
-        max_clips=1 + max_segments,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=gpu_memory_utilization,
-        cpu_kv_cache_gib=cpu_kv_cache_gib,
-        extra=engine_args(engine_arg or []),
-    )
-    settings = ServerSettings(
-        model_name=model_name or model.resolve().name,
-        sampling=Sampling(
-            mode,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_tokens,
-            max_segments=max_segments,
-            min_segment_seconds=min_segment_seconds,
-        ),
-        audio_root=audio_root,
-        api_key=os.environ.get(KEY_VARIABLE, ""),
-        concurrency=concurrency or engine_settings.concurrency,
-        max_waiting=max_waiting,
-        max_body_bytes=round(max_body_mib * 2**20),
-        max_seconds=max_seconds,
-        split_thinking=split_thinking,
-    )
     try:
-        asyncio.run(serve(engine_settings, settings, host, port))
+        engine = engine_settings(
+            model,
+            visible_gpus(device),
+            max_segments,
+            tensor_parallel,
+            engine_arg,
+            dtype=dtype,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            cpu_kv_cache_gib=cpu_kv_cache_gib,
+        )
+        allowed = ServerSettings(
+            model_name=model_name or model.resolve().name,
+            sampling=Sampling(
+                mode,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_tokens,
+                max_segments=max_segments,
+                min_segment_seconds=min_segment_seconds,
+            ),
+            audio_root=audio_root,
+            api_key=os.environ.get(KEY_VARIABLE, ""),
+            concurrency=concurrency or engine.concurrency,
+            max_waiting=max_waiting,
+            max_body_bytes=round(max_body_mib * 2**20),
+            max_seconds=max_seconds,
+            split_thinking=split_thinking,
+        )
+        asyncio.run(serve(engine, allowed, host, port))
     except (ValueError, EngineDied, OSError) as error:
         _say(f"error: {error}")
         raise typer.Exit(1) from None

@@ -515,7 +515,25 @@ def test_the_command_serves_until_its_engine_is_gone(
 
 
 def test_a_port_that_is_taken_is_said_before_an_engine_starts(tmp_path: Path) -> None:
+    """And a cluster that is not there does not matter: a server has one engine, on its own machine."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        words = ["--model", str(tmp_path), "--device", "cpu", "--port", str(taken.getsockname()[1])]
-        result = CliRunner().invoke(serve.app, words)
+        words = ["--model", str(tmp_path), "--port", str(taken.getsockname()[1])]
+        result = CliRunner().invoke(serve.app, words, env={"RAY_ADDRESS": "127.0.0.1:1"})
     assert result.exit_code == 1 and "Address already in use" in result.output
+
+
+def test_engine_arguments_are_json_or_words_and_what_is_neither_is_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[EngineSettings] = []
+
+    async def start(settings: EngineSettings, *_: Any) -> None:
+        started.append(settings)
+
+    monkeypatch.setattr(serve, "serve", start)
+    words = ["--model", str(tmp_path), "--device", "cpu", "--max-segments", "3"]
+    given = ["--engine-arg", "swap_space=4", "--engine-arg", "load_format=dummy", "--engine-arg", 'a={"b": [1]}']
+    assert CliRunner().invoke(serve.app, [*words, *given]).exit_code == 0
+    assert started[0].extra == {"swap_space": 4, "load_format": "dummy", "a": {"b": [1]}} and started[0].max_clips == 4
+    wrong = CliRunner().invoke(serve.app, [*words, "--engine-arg", "swap_space"])
+    assert wrong.exit_code == 2 and "is not KEY=JSON" in wrong.output and len(started) == 1
