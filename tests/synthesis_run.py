@@ -1,15 +1,21 @@
 """A synthesis run as a user starts it: a config, a process, and what is in the folder afterwards."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ASKING = {
@@ -79,11 +85,19 @@ def module(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, timeout=120)
 
 
-def kill_when(reached: Callable[[], bool], pipeline: str, config: Path, *words: str) -> bool:
-    """Start a run and kill it, and all that it started, as soon as `reached`; False where it ended before."""
-    process = subprocess.Popen(
-        command(pipeline, config, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+def start(pipeline: str, config: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(pipeline, config, *words),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, **environment},
     )
+
+
+def kill_when(reached: Callable[[], bool], pipeline: str, config: Path, *words: str, **environment: str) -> bool:
+    """Start a run and kill it, and all that it started, as soon as `reached`; False where it ended before."""
+    process = start(pipeline, config, *words, **environment)
     deadline = time.monotonic() + 60
     try:
         while process.poll() is None and not reached():
@@ -94,6 +108,70 @@ def kill_when(reached: Callable[[], bool], pipeline: str, config: Path, *words: 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@dataclass
+class TwoNodes:
+    """A Ray cluster: `environment` sends a driver to it."""
+
+    environment: dict[str, str]
+    head: subprocess.Popen[bytes]
+    second: subprocess.Popen[bytes]
+
+    def second_works_on(self, journals: Path, answers: int) -> bool:
+        """Whether a task on the second node has as many answers of a stage."""
+        for process in psutil.Process(self.second.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                for file in process.open_files():
+                    if Path(file.path).parent == journals and Path(file.path).read_bytes().count(b"\n") >= answers:
+                        return True
+        return False
+
+    def lose_second(self) -> None:
+        """All that runs on the second node dies at once."""
+        for process in [*psutil.Process(self.second.pid).children(recursive=True), psutil.Process(self.second.pid)]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.second.wait()
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[TwoNodes]:
+    """Two Ray nodes of one processor each on this machine, started as a user does; a lost one is noticed soon."""
+    health = {"initial_delay_ms": "1000", "period_ms": "300", "timeout_ms": "1000", "failure_threshold": "3"}
+    settings = {
+        **{f"RAY_health_check_{name}": value for name, value in health.items()},
+        **{"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"},
+    }
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1"]
+    command += ["--object-store-memory", "80000000", "--include-log-monitor", "false"]
+    folder = Path(tempfile.mkdtemp(prefix="echo-ray-", dir="/tmp"))  # a socket's path has 107 characters
+
+    def node(name: str, *words: str) -> tuple[subprocess.Popen[bytes], str]:
+        """The node's process, and what it said when it was up."""
+        log = folder / f"{name}.log"
+        with log.open("wb") as out:
+            environment = {**os.environ, **settings}
+            process = subprocess.Popen([*command, *words], stdout=out, stderr=subprocess.STDOUT, env=environment)
+        nodes.append(process)
+        deadline = time.monotonic() + 60
+        while "block forever" not in (said := log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.05)
+        return process, said
+
+    nodes: list[subprocess.Popen[bytes]] = []
+    try:
+        head, said = node("head", "--head", "--port", "0", "--include-dashboard", "false", "--temp-dir", str(folder))
+        address = re.search(r"--address='([^']+)'", said)
+        assert address is not None, said
+        second, _ = node("second", "--address", address[1])
+        yield TwoNodes({"RAY_ADDRESS": address[1], "RAY_AUTH_MODE": "disabled"}, head, second)
+    finally:
+        for process in reversed(nodes):
+            process.terminate()  # with --block it takes its node along
+            process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

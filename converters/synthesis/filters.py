@@ -22,7 +22,6 @@ import numpy as np
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
-from scipy.special import chdtrc
 
 from converters.audio_qa import RowError, read_rows
 from converters.synthesis.config import Benchmark, ConfigError, Limits, NearDuplicate
@@ -372,6 +371,8 @@ def _spots(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def even_choice_p(counts: Mapping[int, int], num_choices: int) -> float:
     """p of a chi-square test that all places (0 to num_choices - 1) are equally likely; 1 without rows."""
+    from scipy.special import chdtrc  # here, since the import takes half a second and every task is a process
+
     total = sum(counts.values())
     if not total or num_choices < 2:
         return 1.0

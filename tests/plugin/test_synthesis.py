@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import synthesis_run
+import yaml
 from misbehaving_server import Behaviour, Failure, Request, misbehaving_server
 from rule_models import RuleModels, text_of
-from synthesis_run import ASKING, CONCURRENCY, clips_of, kill_when, rows, timeless, write_config, written
+from synthesis_run import ASKING, CONCURRENCY, clips_of, kill_when, rows, timeless, two_nodes, write_config, written
 
 NUM_CLIPS = 8
 
@@ -62,6 +65,42 @@ def test_killed_in_every_stage_no_row_is_lost_or_twice_and_only_what_was_in_flig
         assert [timeless(row) for row in after[name]] == [timeless(row) for row in before[name]], name
     assert after["sft"] and after["rl"]
     assert all("think" in row for row in after["sft"]) and not any("think" in row for row in after["rl"])
+
+
+def test_on_two_ray_nodes_a_killed_run_and_a_lost_node_cost_what_was_in_flight(
+    soundscapes: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for folder in (whole, tmp_path):
+        clips_of(soundscapes, folder / "clips.jsonl", NUM_CLIPS)
+    models = RuleModels(trouble_each=7, delay_seconds=0.25)
+    with misbehaving_server(models) as server, two_nodes() as nodes:
+        endpoint = yaml.safe_load(write_config(whole, "eaqa", server.url, soundscapes).read_text())["stages"]["judge"]
+        stages = dict.fromkeys(("caption", "question", "judge"), endpoint)  # the others are run no other way
+        done = synthesis_run.run("eaqa", write_config(whole, "eaqa", server.url, soundscapes, tasks=2, stages=stages))
+        assert done.returncode == 0, done.stderr
+        unpaid_twice = sum(count - 1 for count in models.paid.values())
+        models.paid.clear()
+
+        ray = {"kind": "ray", "workers": 2, "options": {"mem_per_cpu_gb": 0.2}}
+        config = write_config(tmp_path, "eaqa", server.url, soundscapes, tasks=2, stages=stages, executor=ray)
+        for stage in ("caption", "question"):
+            in_the_middle = partial(is_in, stage, tmp_path / "run")
+            assert kill_when(in_the_middle, "eaqa", config, **nodes.environment), stage
+        process = synthesis_run.start("eaqa", config, **nodes.environment)
+        while not nodes.second_works_on(tmp_path / "run" / "journal" / "judge", answers=1):
+            assert process.poll() is None, "judge could not be disturbed"
+            time.sleep(0.02)
+        nodes.lose_second()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    paid_again = sum(count - 1 for count in models.paid.values())
+    assert paid_again <= CONCURRENCY * 3 + unpaid_twice
+    before, after = written(whole / "run"), written(tmp_path / "run")
+    for name in before:
+        assert [timeless(row) for row in after[name]] == [timeless(row) for row in before[name]], name
+    assert after["sft"] and after["rl"]
 
 
 def test_a_server_that_is_down_costs_nothing_and_what_was_paid_is_kept_for_any_number_of_tasks(
