@@ -30,7 +30,7 @@ from converters.audio_qa import (
     parse_row,
     read_raw,
 )
-from converters.workers import DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
+from converters.workers import CALLS_PER_PROCESS, DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
 from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, parse_fragment, probe, resolve_path
 from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
 
@@ -358,7 +358,7 @@ def conversion_of(job: Job, source: Path, workers: int, processes: bool) -> Iter
     """A conversion with its workers: processes where they are allowed and the source is large, otherwise threads."""
     if processes and workers > 1 and source.stat().st_size >= _PROCESSES_FROM_BYTES:
         with in_processes(job, workers) as judge:
-            yield Conversion(job, judge, workers, job.form.chunk_rows)
+            yield Conversion(job, judge, workers * CALLS_PER_PROCESS, job.form.chunk_rows)
     else:
         yield Conversion(job, job, workers, min(_CHUNK_ROWS_OF_THREADS, job.form.chunk_rows))
 
