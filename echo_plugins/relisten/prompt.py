@@ -18,10 +18,9 @@ Mode = Literal["interleaved", "grounded", "plain"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 _TAGS = (
-    "Think first, naming each part of the audio you rely on as <seg>start, end</seg> in seconds, inside "
-    "<think></think>. Then give your choice inside <answer></answer>."
+    "Think first, naming each part of the audio you rely on as <seg>start, end</seg> in seconds, inside <think></think>."
 )
-_NO_TAGS = "Think first inside <think></think>. Then give your choice inside <answer></answer>."
+_NO_TAGS = "Think first inside <think></think>."
 
 # Special tokens of the Qwen families, and the placeholders that ms-swift and verl split prompts at. In a data set's own
 # text they would shift the clips: converters refuse them, the prompt builder breaks them up.
@@ -40,13 +39,14 @@ def escape_reserved(text: str) -> str:
 
 
 def question_text(question: str, choices: Sequence[str], mode: Mode) -> str:
-    """Question, lettered choices and the instruction of `mode`, without the audio placeholder.
+    """Question, lettered choices where there are any, and the instruction of `mode`, without the audio placeholder.
 
     Interleaved and grounded share one instruction: they differ in what is inserted, not in what is asked.
     """
     lines = [escape_reserved(question.strip())]
     lines += [f"({choice_letter(index)}) {escape_reserved(choice.strip())}" for index, choice in enumerate(choices)]
-    lines.append(_NO_TAGS if mode == "plain" else _TAGS)
+    asked_for = "choice" if choices else "answer"
+    lines.append(f"{_NO_TAGS if mode == 'plain' else _TAGS} Then give your {asked_for} inside <answer></answer>.")
     return "\n".join(lines)
 
 
