@@ -18,7 +18,8 @@ Mode = Literal["interleaved", "grounded", "plain"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 _TAGS = (
-    "Think first, naming each part of the audio you rely on as <seg>start, end</seg> in seconds, inside <think></think>."
+    "Think first, naming each part of the audio you rely on as <seg>start, end</seg> in seconds, inside "
+    "<think></think>."
 )
 _NO_TAGS = "Think first inside <think></think>."
 

@@ -60,8 +60,8 @@ def test_the_user_message_has_exactly_one_placeholder_and_it_comes_first(mode: M
 
 def test_an_open_question_asks_for_an_answer_and_one_with_choices_for_a_choice() -> None:
     for mode in MODES:
-        assert question_text("What is it?", [], mode).endswith("Then give your answer inside <answer></answer>.")
-        assert question_text("What is it?", ["a", "b"], mode).endswith("Then give your choice inside <answer></answer>.")
+        assert question_text("What?", [], mode).endswith("Then give your answer inside <answer></answer>.")
+        assert question_text("What?", ["a", "b"], mode).endswith("Then give your choice inside <answer></answer>.")
 
 
 def test_choices_stand_one_a_line_under_their_letters() -> None:
