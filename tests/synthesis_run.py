@@ -28,8 +28,8 @@ CONCURRENCY = 4
 
 def clips_of(soundscapes: Path, target: Path, count: int) -> None:
     """An event manifest of the first clips of the soundscapes."""
-    rows = [json.loads(line) for line in (soundscapes / "sft.jsonl").read_text().splitlines()]
-    clips = {row["audio"]: row for row in rows}
+    splits = (rows(soundscapes / f"{name}.jsonl") for name in ("sft", "rl", "test", "val"))
+    clips = {row["audio"]: row for split in splits for row in split}
     events = [{name: row[name] for name in ("audio", "events", "duration")} for row in list(clips.values())[:count]]
     target.write_text("".join(json.dumps({"id": Path(e["audio"]).stem, **e}) + "\n" for e in events))
 
