@@ -15,17 +15,8 @@ import os
 import select
 import signal
 import threading
-from typing import Any
 
 CLIENT_VARIABLE = "ECHO_ENGINE_CLIENT"  # the client's process id, for the processes that it starts
-
-
-class WorkerExtension:
-    """What vLLM makes a part of its worker where it is told this name."""
-
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
-        end_with_client()
-        return super().__new__(cls)
 
 
 def become_client() -> None:

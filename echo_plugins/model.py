@@ -59,9 +59,10 @@ class OmniFamily:
         )
         return SpecialIds(audio, bos, eos, frozenset({tokenizer.eos_token_id, *_generation_eos_ids(Path(model_dir))}))
 
-    def banned_ids(self, tokenizer: Any) -> list[int]:
-        """The ids of `banned_tokens`, for the sampler's logit bias."""
-        return [self._id(tokenizer, text) for text in self.banned_tokens]
+    def banned_ids(self, tokenizer: Any, vocab_size: int) -> list[int]:
+        """What may never be sampled, in rollout, actor and inference alike: `banned_tokens`, and the ids past the
+        tokenizer's end, up to `vocab_size`, which have no text."""
+        return [*(self._id(tokenizer, text) for text in self.banned_tokens), *range(len(tokenizer), vocab_size)]
 
     def _id(self, tokenizer: Any, text: str) -> int:
         token = tokenizer.convert_tokens_to_ids(text)

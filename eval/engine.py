@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +111,7 @@ class EngineSettings:
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # as in RL: after temperature and bias
             "disable_log_stats": True,
-            "worker_extension_cls": "echo_plugins.end_with_client.WorkerExtension",
+            "worker_extension_cls": "eval.worker.WorkerExtension",
         }
         if self.device == "cpu":
             length = self.max_model_len or min(_max_positions(self.model), CPU_MODEL_LEN)
@@ -231,7 +231,7 @@ class Engine:
         self._max_samples = extractor.n_samples
         self.tokenizer = llm.get_tokenizer()
         self.ids = self._family.special_ids(self.tokenizer, settings.model)
-        self._bias = dict.fromkeys(self._family.banned_ids(self.tokenizer), -100.0)  # vLLM's lowest
+        self.banned_ids = self._family.banned_ids(self.tokenizer, llm.model_config.get_vocab_size())
         self._decoders = decoders
 
     async def answer(self, question: Question, sampling: Sampling) -> Outcome:
@@ -286,9 +286,16 @@ class Engine:
         )
 
     async def run(
-        self, trajectory: Trajectory, waveform: np.ndarray, name: str, row_id: str, sampling: Sampling
+        self,
+        trajectory: Trajectory,
+        waveform: np.ndarray,
+        name: str,
+        row_id: str,
+        sampling: Sampling,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """Drive a trajectory to its end. `name` identifies the waveform's content to vLLM's caches."""
+        """Drive a trajectory to its end. `name` identifies the waveform's content to vLLM's caches; `on_turn` is called
+        after each turn."""
         clips, names = [waveform], [name]
         while (turn := trajectory.next_turn()) is not None:
             for clip in trajectory.clips[len(clips) - 1 :]:
@@ -305,6 +312,7 @@ class Engine:
             positions: Any = completion.logprobs  # never None: `sampling_params` asks for them
             logprobs = [position[token].logprob for token, position in zip(ids, positions, strict=True)]
             trajectory.absorb(ids, logprobs, completion.finish_reason)
+            on_turn()
 
     def sampling_params(self, trajectory: Trajectory, turn: Turn, row_id: str, sampling: Sampling) -> SamplingParams:
         """What vLLM is told of one turn."""
@@ -317,7 +325,6 @@ class Engine:
             seed=sampling.turn_seed(row_id, trajectory.num_turns),
             max_tokens=turn.max_tokens,
             logprobs=0,  # of the sampled token only
-            logit_bias=self._bias,
             stop=list(turn.stop),
             include_stop_str_in_output=True,
             skip_special_tokens=False,  # else "</se<|im_start|>g>" would stop vLLM at a tag that is none
@@ -408,7 +415,9 @@ async def running_engine(settings: EngineSettings, kind: type[E] = Engine) -> As
             raise EngineDied(f"the engine did not start: {error}") from error
         try:
             with ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decode-audio") as decoders:
-                yield kind(llm, settings, decoders)
+                engine = kind(llm, settings, decoders)
+                await llm.collective_rpc("ban", args=(engine.banned_ids,))
+                yield engine
         finally:
             llm.shutdown()
     finally:

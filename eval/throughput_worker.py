@@ -8,8 +8,7 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from echo_plugins import end_with_client
-
+from . import worker
 from .throughput import SCRIPT, Counts, peak_memory_mib, reset_peak_memory
 
 
@@ -36,10 +35,8 @@ class ScriptedPolicy(LogitsProcessor):
         return logits
 
 
-class WorkerExtension(end_with_client.WorkerExtension):
-    """Counts what the model runner is given. vLLM makes it a part of its worker, whose `model_runner` it has."""
-
-    model_runner: Any
+class WorkerExtension(worker.WorkerExtension):
+    """Counts what the model runner is given."""
 
     def start_counting(self) -> None:
         """Count from zero. The first call wraps the model runner."""

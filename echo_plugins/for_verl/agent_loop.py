@@ -55,7 +55,8 @@ class RelistenAgentLoop(AgentLoopBase):
         if family is None:
             raise ValueError(f"model type {hf_model_type!r} cannot listen: Echo knows {sorted(FAMILIES)}")
         self.ids = family.special_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
-        self.bias = dict.fromkeys(family.banned_ids(self.tokenizer), BANNED_BIAS)
+        # Past the tokenizer's end verl's workers mask (vllm_rollout/utils.py, monkey_patch_compute_logits).
+        self.bias = dict.fromkeys(family.banned_ids(self.tokenizer, len(self.tokenizer)), BANNED_BIAS)
         self.hop_length = self.processor.feature_extractor.hop_length
         self.family = family
         self.settings, self.timeout_seconds = settings_from(self.config)

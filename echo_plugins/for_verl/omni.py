@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class ThinkerOnly(PreTrainedModel):
 
     thinker_class: type[PreTrainedModel]
     decoder_layer: str
-    banned_ids: tuple[int, ...] = ()
+    banned_ids: Sequence[int] = ()
+    banned_index: torch.Tensor | None = None  # `banned_ids` on the device of the logits
     _keys_to_ignore_on_load_unexpected = [r"^talker\.", r"^token2wav\.", r"^code2wav\."]  # noqa: RUF012 - transformers'
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -65,14 +67,18 @@ class ThinkerOnly(PreTrainedModel):
         model.thinker.audio_tower.requires_grad_(False)
         model.thinker.visual.requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path)
-        past_the_end = range(len(tokenizer), model.config.text_config.vocab_size)
-        model.banned_ids = (*FAMILIES[model.config.model_type].banned_ids(tokenizer), *past_the_end)
+        family, vocab_size = FAMILIES[model.config.model_type], model.config.text_config.vocab_size
+        model.banned_ids = family.banned_ids(tokenizer, vocab_size)
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.thinker(*args, **kwargs)
-        banned = torch.tensor(self.banned_ids, dtype=torch.long, device=output.logits.device)
-        output.logits.index_fill_(-1, banned, BANNED_LOGIT)  # in place: there are gigabytes of logits
+        device = output.logits.device
+        if self.banned_index is None or self.banned_index.device != device:  # made anew, it would be sent each time
+            self.banned_index = torch.tensor(self.banned_ids, dtype=torch.long, device=device)
+        # There are gigabytes of logits: no copy of them here, nor of their gradient, which is 0 at these ids by itself.
+        with torch.no_grad():
+            output.logits.index_fill_(-1, self.banned_index, BANNED_LOGIT)
         return output
 
     def get_input_embeddings(self) -> torch.nn.Module:

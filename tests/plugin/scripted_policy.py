@@ -7,7 +7,6 @@ A prompt that holds the words `script first` is answered with that script, then 
 model's own business. What was sampled in earlier turns is found in the prompt, so nothing is kept between turns.
 
 Only the choice of the token is scripted. Its log-probability is the model's own, as if it had been sampled.
-Ids past the tokenizer's end are masked as in verl's workers (vllm_rollout/utils.py, monkey_patch_compute_logits).
 """
 
 import contextlib
@@ -38,7 +37,6 @@ def scripts_in_force(folder: Path, tokenizer: Any, scripts: Mapping[str, list[in
         "bos": tokenizer.convert_tokens_to_ids("<|audio_bos|>"),
         "eos": tokenizer.convert_tokens_to_ids("<|audio_eos|>"),
         "end": tokenizer.eos_token_id,
-        "num_tokens": len(tokenizer),
         "scripts": [[encode(f" script {name}"), ids] for name, ids in scripts.items()],
     }
     file.write_text(json.dumps(content))
@@ -74,7 +72,6 @@ class ScriptedPolicy(AdapterLogitsProcessor):
         return self.look_up
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        logits[:, self.content["num_tokens"] :] = -torch.inf
         ScriptedPolicy.wanted = {}
         for row, look_up in self.req_info.items():
             look_up(row)

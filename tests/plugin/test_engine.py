@@ -86,6 +86,18 @@ def test_after_the_last_allowed_segment_the_model_can_still_answer(engine_sessio
     assert outcome.stop_reason is StopReason.ANSWERED
 
 
+def test_what_is_banned_is_not_sampled_however_likely(engine_session: Any, clip: str) -> None:
+    engine, sampling = engine_session.engine, Sampling(temperature=1.0, max_tokens=20)
+    assert {engine.ids.audio, len(engine.tokenizer)} < set(engine.banned_ids)
+    waveform = load(engine_session.audio_root / clip)
+    trajectory = engine.trajectory(engine_session.scripted("nothing", clip), len(waveform), sampling)
+    turn = trajectory.next_turn()
+    params = engine.sampling_params(trajectory, turn, "row", sampling)
+    params.logit_bias = dict.fromkeys(engine.banned_ids, 100.0)
+    output = engine_session.run(engine.generate(turn.engine_ids, [waveform], [clip], params, "likely"))
+    assert output.outputs[0].token_ids and not set(output.outputs[0].token_ids) & set(engine.banned_ids)
+
+
 @pytest.mark.parametrize("mode", ["grounded", "plain"])
 def test_nothing_is_inserted_in_the_other_modes(engine_session: Any, clip: str, mode: Any) -> None:
     sampling = Sampling(mode=mode, temperature=0.0, max_tokens=300)

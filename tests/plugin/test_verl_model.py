@@ -107,8 +107,10 @@ def test_what_the_rollout_may_not_sample_has_no_probability_and_no_gradient(
     num_tokens = len(processor.tokenizer)
     assert num_tokens < logits.shape[-1], "the ids past the tokenizer's end are part of this"
     banned = torch.zeros(logits.shape[-1], dtype=torch.bool)
-    banned[[*QWEN2_5_OMNI.banned_ids(processor.tokenizer), *range(num_tokens, len(banned))]] = True
+    banned[num_tokens:] = True
+    banned[processor.tokenizer.convert_tokens_to_ids(list(QWEN2_5_OMNI.banned_tokens))] = True
     assert torch.equal(logits.softmax(-1).amax(0) == 0.0, banned)
+    assert "IndexFill" not in str(logits.grad_fn.next_functions), "backward would copy the gradient of all logits"
     entropy_from_logits(logits).sum().backward()
     gradient = model.thinker.lm_head.weight.grad
     assert torch.equal(gradient.abs().sum(-1) == 0.0, banned) and bool(gradient.isfinite().all())
