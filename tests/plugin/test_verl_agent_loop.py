@@ -15,14 +15,12 @@ import pytest
 import ray.exceptions
 import soundfile
 import torch
-from omegaconf import OmegaConf
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker
 from verl.utils.tokenizer import hf_processor
 from verl.workers.rollout.replica import TokenOutput
+from verl_rollout import relisten_loop
 
-import echo_plugins.for_verl.agent_loop as agent_loop
 import echo_plugins.for_verl.dataset as dataset
-import echo_plugins.for_verl.omni  # noqa: F401 - verl's processor for Omni
 from echo_plugins.for_verl.trainer import EchoTrainer, relisten_metrics, trajectory_row
 from echo_plugins.model import QWEN2_5_OMNI
 from echo_plugins.relisten.trajectory import StopReason
@@ -74,28 +72,10 @@ class Rollout:
     def __init__(
         self, model: Path, processor: Any, audio: Any, script: list[Any], logprobs: bool = True, **echo: Any
     ) -> None:
-        config = OmegaConf.create(
-            {
-                "actor_rollout_ref": {
-                    "model": {"path": str(model)},
-                    "rollout": {"prompt_length": echo.pop("prompt_length", 400), "response_length": 300},
-                },
-                "data": {},
-                "echo": echo,
-            }
-        )
         self.tokenizer = processor.tokenizer
         self.server = ScriptedServer(self.tokenizer, script)
-        server: Any = self.server
-        loop = agent_loop.RelistenAgentLoop(
-            trainer_config=DictConfigWrap(config),
-            server_manager=server,
-            tokenizer=self.tokenizer,
-            processor=processor,
-            dataset_cls=dataset.RelistenDataset,
-            data_config=DictConfigWrap(config.data),
-            hf_model_type="qwen2_5_omni",
-        )
+        lengths = {"prompt_length": echo.pop("prompt_length", 400), "response_length": 300}
+        loop = relisten_loop(model, processor, self.server, lengths, echo)
         question = {"type": "text", "text": "Which sound?"}
         content = [question] if audio is None else [{"type": "audio", "audio": audio}, question]
         self.row = {"raw_prompt": [{"role": "user", "content": content}], "global_steps": 8, "index": 5}

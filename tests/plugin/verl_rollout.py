@@ -3,7 +3,7 @@ engine that runs already, and the rows that verl's worker makes of what comes ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,7 @@ from verl.trainer.ppo.v1 import agent_loop_tq
 import echo_plugins.for_verl.agent_loop as agent_loop
 import echo_plugins.for_verl.cpu_platform
 import echo_plugins.for_verl.dataset as dataset
-import echo_plugins.for_verl.omni
-import echo_plugins.for_verl.vllm_features  # noqa: F401 - as in verl's own server
+import echo_plugins.for_verl.omni  # noqa: F401 - as in verl's own processes
 from echo_plugins.relisten.prompt import question_text
 
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 1024, 400
@@ -72,12 +71,19 @@ async def roll_out(
     **echo: Any,
 ) -> AgentLoopOutput:
     """One trajectory through RelistenAgentLoop. `llm` is vLLM; `echo` the settings of the section of that name."""
-    rollout = {"prompt_length": MAX_PROMPT_TOKENS, "response_length": max_response_tokens}
+    lengths = {"prompt_length": MAX_PROMPT_TOKENS, "response_length": max_response_tokens}
+    loop = relisten_loop(model, processor, verl_server(llm, processor), lengths, echo)
+    return await loop.run(sampling, raw_prompt=messages, index=0, global_steps=1)
+
+
+def relisten_loop(
+    model: Path, processor: Any, server: Any, lengths: Mapping[str, int], echo: Mapping[str, Any]
+) -> agent_loop.RelistenAgentLoop:
+    """The agent loop as verl's worker makes it. `server` answers `generate`."""
     config = OmegaConf.create(
-        {"actor_rollout_ref": {"model": {"path": str(model)}, "rollout": rollout}, "data": {}, "echo": echo}
+        {"actor_rollout_ref": {"model": {"path": str(model)}, "rollout": lengths}, "data": {}, "echo": echo}
     )
-    server: Any = verl_server(llm, processor)
-    loop = agent_loop.RelistenAgentLoop(
+    return agent_loop.RelistenAgentLoop(
         trainer_config=DictConfigWrap(config),
         server_manager=server,
         tokenizer=processor.tokenizer,
@@ -86,7 +92,6 @@ async def roll_out(
         data_config=DictConfigWrap(config.data),
         hf_model_type="qwen2_5_omni",
     )
-    return await loop.run(sampling, raw_prompt=messages, index=0, global_steps=1)
 
 
 async def row_of(output: AgentLoopOutput, processor: Any, uid: str) -> dict[str, Any]:
