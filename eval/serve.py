@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +60,6 @@ from .predictions import segment_row
 
 KEY_VARIABLE = "ECHO_API_KEY"
 BODY_SECONDS = 60.0  # for a request's body to arrive
-LOOK_SECONDS = 0.05  # between looks at a running trajectory: is there a new turn, is the client still there
 DECODERS = 4  # threads; each may hold MAX_DECODED_BYTES
 CLIENT_GONE = 499  # nginx's number for it; only metrics see it
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -75,7 +74,13 @@ class Listener(Protocol):
     def trajectory(self, question: Question, num_samples: int, sampling: Sampling) -> Trajectory: ...
 
     async def run(
-        self, trajectory: Trajectory, waveform: np.ndarray, name: str, row_id: str, sampling: Sampling
+        self,
+        trajectory: Trajectory,
+        waveform: np.ndarray,
+        name: str,
+        row_id: str,
+        sampling: Sampling,
+        on_turn: Callable[[], None],
     ) -> None: ...
 
     def count_audio_tokens(self, num_samples: int) -> int: ...
@@ -214,6 +219,7 @@ class Server:
                         completion.clip.name,
                         completion.name,
                         completion.sampling,
+                        completion.turned.set,
                     )
                 except EngineDied as error:
                     self.died.set()
@@ -249,6 +255,7 @@ class Completion:
         settings: ServerSettings,
     ) -> None:
         self.name, self.clip, self.sampling, self.trajectory = name, clip, sampling, trajectory
+        self.turned = asyncio.Event()  # set after each turn
         turn = trajectory.next_turn()
         self._num_audio_tokens = num_audio_tokens
         self._num_prompt_tokens = len(turn.engine_ids if turn else ()) - 1 + num_audio_tokens
@@ -336,9 +343,13 @@ class EventStream(StreamingResponse):
             self._place.close()
 
     async def _events(self, completion: Completion, include_usage: bool) -> AsyncIterator[str]:
+        self._answering.add_done_callback(lambda _: completion.turned.set())
         yield _event(completion.first_chunk())
-        while not self._answering.done():
-            await asyncio.wait({self._answering}, timeout=LOOK_SECONDS)
+        ended = False
+        while not ended:
+            await completion.turned.wait()
+            completion.turned.clear()
+            ended = self._answering.done()
             if (chunk := completion.next_chunk()) is not None:
                 yield _event(chunk)
         try:
@@ -408,15 +419,16 @@ def make_app(server: Server) -> FastAPI:
             if chat.stream:
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
                 return EventStream(completion, answering, include_usage, ticket, place.pop_all())
+            leaving = asyncio.create_task(request.receive())  # after the body, nothing else can come
             try:
-                while not answering.done():
-                    await asyncio.wait({answering}, timeout=LOOK_SECONDS)
-                    if not answering.done() and await request.is_disconnected():
-                        ticket.status = CLIENT_GONE
-                        return Response(status_code=CLIENT_GONE)
+                await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not answering.done():
+                    ticket.status = CLIENT_GONE
+                    return Response(status_code=CLIENT_GONE)
                 answering.result()
             finally:
                 answering.cancel()
+                leaving.cancel()
             ticket.status = 200
             return JSONResponse(completion.whole())
 

@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from typer.testing import CliRunner
 from echo_plugins.model import QWEN2_5_OMNI
 from echo_plugins.relisten.trajectory import SpecialIds, Trajectory
 from eval import serve
+from eval.chat_api import Clip
 from eval.engine import EngineDied, EngineSettings, Question, Sampling
-from eval.serve import Server, ServerSettings, make_app
+from eval.serve import Completion, EventStream, Server, ServerSettings, Ticket, make_app
 
 AUDIO, BOS, EOS, END = 256, 257, 258, 259  # after the bytes
 CLIPS = "<think>Here <seg>0.50, 1.50</seg> and <seg>9, 10</seg> there.</think><answer>one</answer>"
@@ -62,7 +63,13 @@ class ScriptedListener:
         return QWEN2_5_OMNI.num_audio_tokens(num_samples)
 
     async def run(
-        self, trajectory: Trajectory, waveform: np.ndarray, name: str, row_id: str, sampling: Sampling
+        self,
+        trajectory: Trajectory,
+        waveform: np.ndarray,
+        name: str,
+        row_id: str,
+        sampling: Sampling,
+        on_turn: Callable[[], None],
     ) -> None:
         assert waveform.dtype == np.float32 and waveform.ndim == 1 and name
         self.sampled.append((row_id, sampling))
@@ -84,6 +91,7 @@ class ScriptedListener:
                 stop = next((rest.index(tag) + len(tag) for tag in turn.stop if tag in rest), None)
                 ids = [*rest[:stop].encode(), *([] if stop else [END])]
                 trajectory.absorb(ids[: turn.max_tokens], None)
+                on_turn()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -210,6 +218,24 @@ def test_the_stream_sends_each_turn_and_adds_up_to_the_same(shared: Served) -> N
     whole = shared.post(asking(as_input(WAV))).json()
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
     assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_a_stream_that_begins_when_all_is_said_holds_all_of_it() -> None:
+    """As for a client that is slow to take the first event."""
+
+    async def tell() -> str:
+        listener, settings = ScriptedListener(), ServerSettings("echo", Sampling())
+        clip = Clip(np.zeros(48_000, np.float32), "zeros")
+        trajectory = listener.trajectory(Question("", "", "", "script clips", ()), 48_000, Sampling())
+        completion = Completion("row", clip, Sampling(), trajectory, 75, settings)
+        answering = asyncio.create_task(Server(listener, settings).answer(completion))
+        await answering
+        stream = EventStream(completion, answering, False, Ticket(), contextlib.ExitStack())
+        return "".join([str(event) async for event in stream.body_iterator])
+
+    events = asyncio.run(tell()).split("\n\n")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events if "delta" in event]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == CLIPS
 
 
 def test_a_stream_without_the_option_has_no_usage(shared: Served) -> None:
