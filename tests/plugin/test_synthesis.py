@@ -121,6 +121,9 @@ def test_a_server_that_is_down_costs_nothing_and_what_was_paid_is_kept_for_any_n
         assert "judge" in refused.stderr and "Give the same command again" in refused.stderr
         assert "Traceback" not in refused.stderr
         up = True
+        (journal,) = (tmp_path / "run" / "journal" / "question").iterdir()
+        with journal.open("ab") as lines:
+            lines.write(b'{"key": "0123')  # what a kill leaves
         made = []
         for tasks in (3, 1):
             done = synthesis_run.run("eaqa", write_config(tmp_path, "eaqa", server.url, soundscapes, tasks=tasks))
