@@ -419,7 +419,7 @@ def make_app(server: Server) -> FastAPI:
             if chat.stream:
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
                 return EventStream(completion, answering, include_usage, ticket, place.pop_all())
-            leaving = asyncio.create_task(request.receive())  # after the body, nothing else can come
+            leaving = asyncio.ensure_future(request.receive())  # after the body, nothing else can come
             try:
                 await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if not answering.done():
