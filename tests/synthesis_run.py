@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,22 @@ def clips_of(soundscapes: Path, target: Path, count: int) -> None:
     target.write_text("".join(json.dumps({"id": Path(e["audio"]).stem, **e}) + "\n" for e in events))
 
 
-def write_config(folder: Path, pipeline: str, url: str, audio_root: Path, **more: Any) -> Path:
-    """A config with one model for all stages, and thresholds that suit clips of a second or two."""
+def write_config(
+    folder: Path,
+    pipeline: str,
+    url: str,
+    audio_root: Path,
+    *,
+    asking: Sequence[str] = (),
+    timeout_seconds: float = 30.0,
+    **more: Any,
+) -> Path:
+    """A config with one model for the stages that ask, all of them by default, and thresholds that suit clips of a
+    second or two."""
     endpoint = {
         "url": url,
         "model": "rules",
-        "timeout_seconds": 1.0,
+        "timeout_seconds": timeout_seconds,
         "longest_wait_seconds": 0.05,
         "concurrency": CONCURRENCY,
     }
@@ -55,7 +65,7 @@ def write_config(folder: Path, pipeline: str, url: str, audio_root: Path, **more
         "input": "clips.jsonl",
         "audio_root": str(audio_root),
         "output": "run",
-        "stages": dict.fromkeys(ASKING[pipeline], endpoint),
+        "stages": dict.fromkeys(asking or ASKING[pipeline], endpoint),
         "filters": lenient,
         "silence_seconds": 0.5,
         "samples_per_question": 4,
