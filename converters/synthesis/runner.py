@@ -221,21 +221,14 @@ class StageStep(PipelineStep):
 
     def _work(self, placed: Placed, context: Context, prompts: Prompts, rank: int, tasks: int) -> None:
         stage = placed.stage
-        if stage.screen is not None:
-            judge = stage.screen(context)
-            for number in range(context.config.tasks):
-                assert placed.before is not None
-                with StagedFile(placed.rows_file(number)) as staged:
-                    with staged.path.open("wb") as out:
-                        for sample in read_samples(rows_file(placed.before, number)):
-                            out.write(_line(sample if sample.dropped else judge(sample)))
-                    staged.commit()
-            return
-        if stage.whole is not None:
+        if stage.screen is not None or stage.whole is not None:
             assert placed.before is not None
             files = [rows_file(placed.before, number) for number in range(context.config.tasks)]
-            stage.whole((sample for file in files for sample in read_samples(file)), context)
-            _publish(placed, context.config.output)
+            if stage.screen is not None:
+                _screen(files, placed, stage.screen(context))
+            elif stage.whole is not None:
+                stage.whole((sample for file in files for sample in read_samples(file)), context)
+                _publish(placed, context.config.output)
             return
         with StagedFile(placed.rows_file(rank)) as staged:
             with staged.path.open("wb") as out:
@@ -293,6 +286,15 @@ class StageStep(PipelineStep):
                 f"{len(unanswered)} rows got no answer ({unanswered[0]}). Give the same command again to ask for them; "
                 "--drop-unanswered goes on without them"
             )
+
+
+def _screen(files: Sequence[Path], placed: Placed, judge: Callable[[Sample], Sample]) -> None:
+    for number, file in enumerate(files):
+        with StagedFile(placed.rows_file(number)) as staged:
+            with staged.path.open("wb") as out:
+                for sample in read_samples(file):
+                    out.write(_line(sample if sample.dropped else judge(sample)))
+            staged.commit()
 
 
 async def _end_with(owner: int | None) -> None:
