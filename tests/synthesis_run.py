@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -125,7 +125,6 @@ class TwoNodes:
     """A Ray cluster: `environment` sends a driver to it."""
 
     environment: dict[str, str]
-    head: subprocess.Popen[bytes]
     second: subprocess.Popen[bytes]
 
     def second_works_on(self, journals: Path, answers: int) -> bool:
@@ -152,34 +151,44 @@ def two_nodes() -> Iterator[TwoNodes]:
     settings = {
         **{f"RAY_health_check_{name}": value for name, value in health.items()},
         **{"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"},
+        "RAY_prestart_worker_first_driver": "0",  # each task gets a process with an environment of its own
     }
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus", "1"]
-    command += ["--object-store-memory", "80000000", "--include-log-monitor", "false"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+    command += ["--object-store-memory=80000000", "--include-log-monitor=false"]
     folder = Path(tempfile.mkdtemp(prefix="echo-ray-", dir="/tmp"))  # a socket's path has 107 characters
 
-    def node(name: str, *words: str) -> tuple[subprocess.Popen[bytes], str]:
-        """The node's process, and what it said when it was up."""
-        log = folder / f"{name}.log"
-        with log.open("wb") as out:
+    def node(name: str, *words: str) -> subprocess.Popen[bytes]:
+        with (folder / f"{name}.log").open("wb") as log:
             environment = {**os.environ, **settings}
-            process = subprocess.Popen([*command, *words], stdout=out, stderr=subprocess.STDOUT, env=environment)
-        nodes.append(process)
-        deadline = time.monotonic() + 60
-        while "block forever" not in (said := log.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, said
-            time.sleep(0.05)
-        return process, said
+            process = subprocess.Popen([*command, *words], stdout=log, stderr=subprocess.STDOUT, env=environment)
+        nodes[name] = process
+        return process
 
-    nodes: list[subprocess.Popen[bytes]] = []
+    def wait_until(reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not reached():
+            said = {name: (folder / f"{name}.log").read_text() for name in nodes}
+            assert all(process.poll() is None for process in nodes.values()) and time.monotonic() < deadline, said
+            time.sleep(0.05)
+
+    def listens() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    nodes: dict[str, subprocess.Popen[bytes]] = {}
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
     try:
-        head, said = node("head", "--head", "--port", "0", "--include-dashboard", "false", "--temp-dir", str(folder))
-        address = re.search(r"--address='([^']+)'", said)
-        assert address is not None, said
-        second, _ = node("second", "--address", address[1])
-        yield TwoNodes({"RAY_ADDRESS": address[1], "RAY_AUTH_MODE": "disabled"}, head, second)
+        node("head", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}")
+        wait_until(listens)
+        second = node("second", f"--address=127.0.0.1:{port}")
+        wait_until(lambda: all("block forever" in (folder / f"{name}.log").read_text() for name in nodes))
+        yield TwoNodes({"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled"}, second)
     finally:
-        for process in reversed(nodes):
+        for process in nodes.values():
             process.terminate()  # with --block it takes its node along
+        for process in nodes.values():
             process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
