@@ -180,7 +180,7 @@ def test_after_a_kill_it_goes_on_from_the_checkpoint(run: Run) -> None:
 
 
 def test_after_a_kill_no_engine_lives_on_and_keeps_its_memory(run: Run) -> None:
-    assert len(run.engines) == 2 * RANKS, "an EngineCore and a worker a replica"
+    assert len(run.engines) >= RANKS, "an EngineCore a replica, and its worker where that is a process of its own"
     assert not any(run.engines.values()), run.engines
 
 
