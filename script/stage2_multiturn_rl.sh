@@ -65,12 +65,13 @@ LOGGERS="$(IFS=,; echo "console,file${loggers[*]:+,${loggers[*]}}")"
 # A path as a Hydra string: without quotes a blank, a comma or a bracket in it would mean something.
 hydra_string() { printf "'%s'" "${1//\'/\\\'}"; }
 
-logs=(
+everywhere=(  # on other nodes too
   VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" TENSORBOARD_DIR="$OUTPUT_DIR/tensorboard"
   WANDB_DIR="$OUTPUT_DIR" WANDB_MODE="${WANDB_MODE:-offline}"  # nothing leaves the machine unasked
+  VLLM_PLUGINS="${VLLM_PLUGINS-}"  # ms-swift has one, and verl does not work in a process that has imported ms-swift
 )
 environment=(
-  "${logs[@]}"
+  "${everywhere[@]}"
   VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl  # unlike the entry point, an error in the plug-in ends the run
   PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
@@ -144,7 +145,7 @@ ray=(
   +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl
   +ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH="$(hydra_string "$ROOT${PYTHONPATH:+:$PYTHONPATH}")"
 )
-for variable in "${logs[@]}"; do
+for variable in "${everywhere[@]}"; do
   ray+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}=$(hydra_string "${variable#*=}")")
 done
 
@@ -155,7 +156,7 @@ if [[ "$DEVICE" == cpu ]]; then
   environment+=(
     VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
     VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
-    TORCH_COMPILE_DISABLE=1 VLLM_PLUGINS=  # both only lengthen the start: see eval/engine.py
+    TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0  # a shorter start: see eval/engine.py
     RAY_worker_niceness=0  # Ray's default is 15: whatever else the machine does would come first
   )
   model+=(actor_rollout_ref.model.enable_gradient_checkpointing=False)
