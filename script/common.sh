@@ -12,6 +12,8 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 : "${PYTHON:=$ROOT/.venv/bin/python}" "${DRY_RUN:=0}" "${FORCE:=0}" "${CONTINUE:=0}"
 export ROOT PYTHON DRY_RUN FORCE CONTINUE
+# Where it is set, as in many container images, each of a run's dozen processes compiles thousands of files anew.
+unset PYTHONDONTWRITEBYTECODE
 
 die() {
   printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
