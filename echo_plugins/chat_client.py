@@ -23,7 +23,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -165,16 +165,27 @@ class Journal:
         offsets: dict[str, int] = {}
         self._stream.seek(0)
         place = 0
-        for number, line in enumerate(self._stream, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                offsets[json.loads(line)["key"]] = place
-            except (ValueError, TypeError, KeyError) as error:
-                raise ChatError(f"{self._file}, line {number}: no entry of a journal ({error!r})") from error
-            place += len(line)
+        for key, _, size in journal_entries(self._stream, self._file):
+            offsets[key] = place
+            place += size
         self._stream.truncate(place)
         return offsets
+
+
+def journal_entries(stream: Iterable[bytes], file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Key, entry and size in bytes of each line of a journal, up to one that a kill left half written. `file` is for
+    messages. Raises ChatError when it is no journal."""
+    for number, line in enumerate(stream, 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            entry = json.loads(line)
+            key = entry.pop("key")
+            if not isinstance(key, str):
+                raise TypeError(f"its key is {key!r}")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ChatError(f"{file}, line {number}: no entry of a journal ({error!r})") from error
+        yield key, entry, len(line)
 
 
 def request_key(body: Mapping[str, Any], repeat: int = 0) -> str:

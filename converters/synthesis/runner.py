@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import multiprocess.process
-import orjson
 import typer
 import yaml
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -48,7 +47,7 @@ from converters.synthesis.asker import SILENCE, Asker, Unanswered, Unusable, wri
 from converters.synthesis.config import Config, ConfigError, Endpoint, ExecutorKind, Limits, read_config
 from converters.synthesis.sample import Sample
 from converters.synthesis.templates import Prompts
-from echo_plugins.chat_client import ChatClient, ChatError, Journal
+from echo_plugins.chat_client import ChatClient, ChatError, Journal, journal_entries
 from echo_plugins.chat_client import Limits as ServerLimits
 
 # datatrove would log every task to stderr at length; what goes wrong is told once, by `run`.
@@ -369,15 +368,7 @@ def _carry_over(journal: Path, others: Iterable[Path], ids: set[str]) -> None:
     found: dict[str, dict[str, Any]] = {}
     for file in others:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):  # half written, when its run was killed
-                    break
-                try:
-                    entry = orjson.loads(line)
-                    if entry.get("label") in ids:
-                        found[entry.pop("key")] = entry
-                except (ValueError, AttributeError, KeyError) as error:
-                    raise ChatError(f"{file}, line {number}: no entry of a journal ({error!r})") from error
+            found.update((key, entry) for key, entry, _ in journal_entries(lines, file) if entry.get("label") in ids)
     own = Journal(journal)
     for key, entry in found.items():
         if own.get(key) is None:
