@@ -299,9 +299,9 @@ def test_a_manifest_tells_what_the_log_leaves_out(tmp_path: Path) -> None:
     assert row.audio == tmp_path / "sounds/a.wav" and row.events[0]["label"] == "bell"
     assert row.choices == ["one"] and row.labels["kind"] == ["k"]
 
-    settings = {"RL_AUDIO_QA": str(manifest), "AUDIO_ROOT": str(tmp_path / "sounds"), "RL_LR": "1e-5"}
+    data = {"questions": [str(manifest)], "more": {"AUDIO_ROOT": str(tmp_path / "sounds")}}
     (tmp_path / "manifests").mkdir()
-    (tmp_path / "manifests/rl.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "manifests/data.json").write_text(json.dumps(data))
     assert one_row(tmp_path).audio == tmp_path / "sounds/a.wav"
 
 
