@@ -61,7 +61,8 @@ elif "verl.trainer.main_ppo" in words:
     tracker = output / "latest_checkpointed_iteration.txt"
     first = int(tracker.read_text()) if tracker.exists() else 0
     assert pathlib.Path(override("actor_rollout_ref.model.path"), "config.json").exists()
-    note(f"rl from {first}")
+    start = pathlib.Path(override("actor_rollout_ref.model.path")).name
+    note(f"rl from {first}" + ("" if start == "last" else " of the base model"))
     for step in (1, 2):
         if step <= first:
             continue
@@ -94,7 +95,7 @@ elif "eval.score" not in words:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, str]]:
-    """What a user of the recipe has (a model, EAQA's two manifests with their audio, benchmarks), and the environment."""
+    """What a user of the recipe has (a model, EAQA's two manifests and their audio), and the environment."""
     folder = tmp_path_factory.mktemp("echo-7b")
     data = folder / "data"
     (data / "audio").mkdir(parents=True)
@@ -217,3 +218,29 @@ def test_a_stage_begun_anew_keeps_the_earlier_one_and_those_after_it_ask(given: 
     asked = run(environment, "merge")
     assert asked.returncode == 2 and "the output of stage rl has changed" in asked.stderr
     assert run(environment, "merge", CONTINUE="1").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "stages"),
+    [
+        ("no reasoning", {}, ["rl from 0 of the base model"]),
+        ("events", {"events": [{"label": "a bell", "start": 0.5, "end": 1.5}]}, ["sft from 0", "rl from 0"]),
+        ("reasoning", {"think": "In <seg>0.50, 1.50</seg> something rings."}, ["sft from 0", "rl from 0"]),
+    ],
+)
+def test_ones_own_rows_run_whole(
+    given: tuple[Path, dict[str, str]], kind: str, extra: dict[str, object], stages: list[str]
+) -> None:
+    folder, environment = given
+    rows = [json.loads(line) | extra for line in (folder / "data" / "rl.jsonl").open()]
+    mine = folder / f"{kind}.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {name: value for name, value in environment.items() if not name.endswith("AUDIO_QA")}
+    own |= {"AUDIO_QA": str(mine), "BENCHMARKS": "", "RUN_DIR": str(folder / f"run {kind}")}
+    before = len(played(folder))
+    done = run(own, *STAGES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    modes = [f"infer test/{mode} from 0" for mode in ("interleaved", "grounded", "plain")]
+    assert played(folder)[before:] == [*stages, "merge", *modes]
+    assert ("RL starts from" in done.stderr) == (kind == "no reasoning")
+    assert run(own, *STAGES).stderr.count("skipped") == (4 if kind == "no reasoning" else 5)
