@@ -383,7 +383,7 @@ def convert(
     `target` appears whole or not at all, and not when no row was good: then exit status 1. The side file is always
     written, empty when nothing was rejected. Usage and file errors end the command with one line, status 2 and 1.
     """
-    side = rejected or target.with_name(f"{target.name}.rejected.jsonl")
+    side = rejected or side_file(target)
     refuse_same_file(source, target, side)
     tally = Tally(source, target, side)
     try:
@@ -403,6 +403,11 @@ def convert(
         raise typer.Exit(1) from error
     report(tally)
     return tally
+
+
+def side_file(target: Path) -> Path:
+    """Where rejected rows go unless `--rejected` says otherwise."""
+    return target.with_name(f"{target.name}.rejected.jsonl")
 
 
 def refuse_same_file(*paths: Path) -> None:

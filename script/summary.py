@@ -51,15 +51,21 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sft_log(sft_dir: Path) -> str:
-    """Steps and loss, from ms-swift's log. A resumed run logs on in the same file."""
-    losses = {}
+    """Steps and loss, from ms-swift's log. A resumed run logs on in the same file. Only every SFT_LOG_STEPS'th step has
+    a line with its loss; the closing line has the number of the last step."""
+    losses, last = {}, 0
     for path in sorted(sft_dir.glob("logging.jsonl")):
         for line in json_lines(path):
-            if "loss" in line:
-                losses[int(str(line["global_step/max_steps"]).partition("/")[0])] = line["loss"]
+            if "global_step/max_steps" in line:
+                step = int(str(line["global_step/max_steps"]).partition("/")[0])
+                last = max(last, step)
+                if "loss" in line:
+                    losses[step] = line["loss"]
     if not losses:
         return ""
-    return f"{max(losses)} steps, loss {losses[min(losses)]:.2f} -> {losses[max(losses)]:.2f}"
+    first, latest = min(losses), max(losses)
+    loss = f"{losses[first]:.2f} -> {losses[latest]:.2f}" if first < latest else f"{losses[first]:.2f} at step {first}"
+    return f"{last} steps, loss {loss}"
 
 
 def rl_metrics(rl_dir: Path) -> dict[int, dict[str, float]]:

@@ -6,8 +6,8 @@ processor, generation_config.json and spk_dict.pt. transformers' full class, its
 The tokenizer has Qwen2.5-Omni's special tokens under their own names, and splits the tags as Qwen does: `<seg>` is
 `<` `seg` `>`, `</seg>` is `</` `seg` `>`, and `>` merges with what may follow a tag (`>,` `>.` `></` `><`). A time such
 as `2.50` and a word of the protocol (`user`, `think`, the instructions) are always one token each, so that a model this
-small can learn to use them. The words of the --text manifests share the rest of the vocabulary: the most frequent become
-one token each, the others several.
+small can learn to use them. The words of the --text manifests share the rest of the vocabulary: the most frequent
+become one token each, the others several.
 
     python recipes/tiny-cpu/tiny_omni.py --output runs/tiny-omni --text sft.jsonl
 """
@@ -156,9 +156,9 @@ def build_tokenizer(vocab_size: int, manifests: list[Path]) -> PreTrainedTokeniz
 def training_words(protocol: Iterable[str], learned: Counter[str], vocab_size: int) -> dict[str, int]:
     """Word -> copies in the training text, so that the protocol's words are merged first, whatever the manifests say.
 
-    BPE merges the most frequent pair of neighbours until the vocabulary is full. A pair of tokens is never more frequent
-    than the two characters where they meet, so a word that has more copies than the most frequent pair of characters
-    in all of `learned` is whole before any pair of `learned` has its turn.
+    BPE merges the most frequent pair of neighbours until the vocabulary is full. A pair of tokens is never more
+    frequent than the two characters where they meet. So a word is whole before any pair of `learned` has its turn, if
+    it has more copies than the most frequent pair of characters in all of `learned`.
     """
     frequent = dict(learned.most_common(vocab_size))  # more cannot become tokens
     most = max(frequent.values(), default=1)
