@@ -8,9 +8,9 @@ grounded: tags are text. interleaved: `<audio>` after each tag that the rollout 
 A mix, such as `--mode interleaved=50,grounded=30,plain=20`, draws each row's mode by its id: a model that was trained
 on one mode alone has no answer in the others.
 
-A row without `think` gets one from its `events`, unless `--no-from-events` is given. Where no row at all has `think` or
-events, `--without-think` decides: refuse (an error), answers (rows that answer with an empty `think`), or skip (no OUT is
-written, since RL needs no SFT).
+A row without `think` gets one from its `events`, unless `--no-from-events` is given. Where no row at all has `think`
+or events, `--without-think` decides: refuse (an error), answers (rows that answer with an empty `think`), or skip (no
+OUT is written, since RL needs no SFT).
 """
 
 from __future__ import annotations
