@@ -94,12 +94,15 @@ def stage_summaries(run_dir: Path) -> list[StageSummary]:
     found = []
     for path in run_dir.glob("manifests/*.json"):
         manifest = json.loads(path.read_text())
-        stage, output = manifest["stage"], Path(manifest["output"])
-        what = {"sft": sft_log, "rl": rl_log}.get(stage, lambda _: "")(output)
+        stage = manifest["stage"]
+        what = {"sft": sft_log, "rl": rl_log}.get(stage, lambda _: "")(run_dir / manifest["output"])
         if not manifest["finished"]:
             what = "not finished"
         found.append(
-            (manifest["started"], StageSummary(stage, manifest["seconds"], manifest["starts"], what, str(output)))
+            (
+                manifest["started"],
+                StageSummary(stage, manifest["seconds"], manifest["starts"], what, manifest["output"]),
+            )
         )
     return [summary for _, summary in sorted(found, key=lambda pair: pair[0])]
 
@@ -138,7 +141,7 @@ def show(run_dir: Path, stages: list[StageSummary], results: list[Scores]) -> No
     table = Table("stage", "time", "what", "in", title="What was run", title_justify="left", box=None)
     for stage in stages:
         time = duration(stage.seconds) + (f", the last of {stage.starts} starts" if stage.starts > 1 else "")
-        table.add_row(stage.stage, time, stage.what, str(Path(stage.where).relative_to(run_dir)))
+        table.add_row(stage.stage, time, stage.what, stage.where)
     console.print(table, "")
     table = Table(title="Scores in %, with 95% intervals", title_justify="left", box=None)
     for heading in ("data", "mode", "rows", "official", "strict", "chance", "no answer", "clips a row"):

@@ -87,7 +87,7 @@ elif "eval.infer" in words:
         if file.stem == "grounded" and row == 1:
             kill_the_run("infer")
 elif "eval.score" not in words:
-    if "converters.rl_parquet" in words and words[-5].endswith("val.parquet"):
+    if "converters.rl_parquet" in words and any(word.endswith("val.parquet") for word in words):
         kill_the_run("data")
     os.execv(sys.executable, [sys.executable, *words])
 """
@@ -106,6 +106,8 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[P
     for name, extra, number in (("sft", think, 64), ("rl", {}, 400)):
         rows = [{"id": f"{name}-{index}", "audio": f"audio/{index}.flac", **row, **extra} for index in range(number)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("mmar", "mmau-mini"):
+        (folder / "benchmarks" / name).mkdir(parents=True)
     binaries = folder / "bin"
     binaries.mkdir()
     (binaries / "played.py").write_text(PLAYED)
