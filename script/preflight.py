@@ -36,7 +36,7 @@ from estimate import GB, STAGES, Estimate, Model, ModelError, Settings  # noqa: 
 SAMPLE_ROWS = 512
 PREFIXES = ("SFT_", "RL_", "EVAL_", "TRAJECTORY_")
 # Variables with those prefixes that are places, not settings.
-PLACES = {f"{purpose}_{what}" for purpose in ("SFT", "RL", "EVAL") for what in ("AUDIO_QA", "DIR", "MODEL", "ROWS")}
+PLACES = {f"{purpose}_{what}" for purpose in ("SFT", "RL", "EVAL") for what in ("AUDIO_QA", "DIR")}
 RENAMED = {"NNODES": "NUM_NODES"}
 
 
@@ -546,16 +546,18 @@ def rl_checkpoint(run_dir: Path, settings: Settings) -> Problems:
         yield Problem(text, f"verl goes on with {wrote} alone: use as many, or FORCE=1 to begin anew.")
 
 
+# A place -> the stages that read it.
+_READ_BY = {
+    **{"BASE_MODEL": {"data", "sft"}, "EVAL_AUDIO_QA": {"infer"}},
+    **{name: {"data"} for name in ("SFT_AUDIO_QA", "RL_AUDIO_QA", "VAL_AUDIO_QA")},
+}
+
+
 def missing_places(settings: Settings, run_dir: Path, recipe_makes: bool, stages: Sequence[str]) -> Problems:
     """Manifests and a base model that are neither there nor made by the recipe."""
-    if recipe_makes or not {"data", "sft", "rl"} & set(stages):
-        return
-    places = [f"{purpose}_AUDIO_QA" for purpose in ("SFT", "RL", "VAL", "EVAL")]
-    for name, value in [
-        ("BASE_MODEL", settings["PREFLIGHT_MODEL"]),
-        *((n, settings[f"PREFLIGHT_{n}"]) for n in places),
-    ]:
-        path = Path(value) if value else None
+    for name, readers in _READ_BY.items():
+        value = settings["PREFLIGHT_" + name.removeprefix("BASE_")]
+        path = Path(value) if value and readers & set(stages) and not recipe_makes else None
         if path and not path.exists() and not path.resolve().is_relative_to(run_dir.resolve()):
             yield Problem(f"{name}={path} does not exist", f"Correct {name}: recipe.env says where to get it.")
 
@@ -606,7 +608,7 @@ def read_machine(folder: Path) -> Machine:
     gpus = [(name, float(size) * 2**20) for name, size, _ in lines]
     if visible is not None:
         gpus = gpus[: len([device for device in visible.split(",") if device.strip() and device.strip() != "-1"])]
-    cuda = re.search(r"CUDA Version: (\d+)\.(\d+)", _output(["nvidia-smi"])) if lines else None
+    cuda = re.search(r"CUDA(?: UMD)? Version\s*:\s*(\d+)\.(\d+)", _output(["nvidia-smi"])) if lines else None
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     total, free = int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -721,13 +723,17 @@ def memory(found: Sequence[Estimate], settings: Settings, machine: Machine, mode
             free = _gb(machine.memory_free)
             text = f"{estimate.stage} needs about {_gb(estimate.host_bytes)} of memory, {free} are free"
             yield warning(text, "End what else runs here.")
-    if model and smallest and any(estimate.stage == "rl" for estimate in found):
-        share = settings.number("RL_GPU_MEMORY") * smallest
-        wanted = 2 * model.thinker / settings.whole("RL_TP") + estimates.MIN_KV_BYTES
-        if share < wanted:
-            text = f"RL_GPU_MEMORY={settings['RL_GPU_MEMORY']} gives vLLM {_gb(share)} of a GPU, and its weights and a "
-            text += f"small cache need {_gb(wanted)}"
-            yield Problem(text, "Raise RL_GPU_MEMORY, or spread the weights: RL_TP=2.")
+    shares = {"rl": ("RL_GPU_MEMORY", settings["RL_GPU_MEMORY"], "RL_TP"), "infer": ("inference", "0.9", "EVAL_TP")}
+    for stage, (name, share, tp) in shares.items():
+        if model and smallest and any(estimate.stage == stage for estimate in found):
+            wanted = 2 * model.thinker / settings.whole(tp) + estimates.MIN_KV_BYTES
+            if float(share) * smallest < wanted:
+                text = f"{name}={share}" if stage == "rl" else f"{name}, {share} of a GPU,"
+                text += (
+                    f" gives vLLM {_gb(float(share) * smallest)}, and its weights and a small cache need {_gb(wanted)}"
+                )
+                cure = "Raise RL_GPU_MEMORY, or spread the weights" if stage == "rl" else "Spread the weights"
+                yield Problem(text, f"{cure}: {tp}={2 * settings.whole(tp)}.")
 
 
 _GPU_CURES = {
@@ -873,7 +879,8 @@ def check(plan: Plan, environment: Mapping[str, str]) -> tuple[list[Problem], li
     for purpose, rows in plan.rows.items():
         if rows.path and set(used[purpose]) & set(stages):
             problems += row_problems(rows, settings, plan.model_dir)
-    model, remark = None, f"no estimate: BASE_MODEL {settings['PREFLIGHT_MODEL']} does not exist yet"
+    place = settings["PREFLIGHT_MODEL"] or settings["BASE_MODEL"]
+    model, remark = None, f"no estimate: BASE_MODEL {f'{place} does not exist yet' if place else 'is not set'}"
     if plan.model_dir:
         try:
             model, remark = estimates.read_model(plan.model_dir), ""
