@@ -419,7 +419,7 @@ def refuse_same_file(*paths: Path) -> None:
 def report(tally: Tally) -> None:
     """What came in, what went out, why the rest did not; exit status 1 when nothing went out."""
     for text in tally.lines():
-        typer.echo(text, err=True)
+        typer.echo(f"== {text}", err=True)  # a recipe shows such lines: see script/watch.py
     if not tally.written:
         typer.echo(f"error: no row of {tally.source} could be used, so {tally.target} was not written", err=True)
         raise typer.Exit(1)

@@ -190,10 +190,11 @@ def main(
     except (ValueError, EngineDied, OSError) as error:
         _say(f"error: {error}")
         raise typer.Exit(1) from None
-    failed = f", {errors} of which could not be answered and count as wrong" if errors else ""
+    if errors:
+        _say(f"== {output}: {errors} of {num_rows * runs} rows could not be answered and count as wrong")
     scorer = "eval.score" if runs == 1 else "eval.runs"
     paths = " ".join(str(run.file) for run in planned)
-    _say(f"{output}: {num_rows * runs} rows{failed}. Scores: python -m {scorer} {paths}")
+    _say(f"{output}: {num_rows * runs} rows. Scores: python -m {scorer} {paths}")
 
 
 @dataclass(frozen=True)
@@ -275,9 +276,9 @@ def _report_missing_audio(items: Iterable[Item], root: Path) -> int:
     if num_missing == num_rows:
         raise BenchmarkError(f"none of the {num_rows} audio files is there. The first: {first[0]}")
     if num_missing:
-        _say(f"{num_missing} of {num_rows} audio files cannot be used; their rows will count as wrong. The first:")
+        _say(f"== {num_missing} of {num_rows} audio files cannot be used; their rows will count as wrong. The first:")
         for problem in first:
-            _say(f"  {problem}")
+            _say(f"==   {problem}")
     return num_rows
 
 
@@ -367,7 +368,7 @@ async def _answer_all(
             nonlocal reported
             files[task.run].append(prediction(task.item, outcome))
             if outcome.error is not None and (reported := reported + 1) <= MAX_REPORTED_ERRORS:
-                _say(f"row {task.item.id}: {outcome.error}")
+                _say(f"== row {task.item.id}: {outcome.error}")
             bar()()
 
         num_lanes = min(settings.concurrency, num_left)

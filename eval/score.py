@@ -340,7 +340,7 @@ def main(
     show(summary, predictions)
     if predicted.num_unknown:
         _errors.print(
-            f"{predicted.num_unknown} rows are missing, and the file of questions that "
+            f"== {predicted.num_unknown} rows are missing, and the file of questions that "
             f"{sidecar_path(predictions).name} names is not there unchanged: they count in the total only",
             markup=False,
         )

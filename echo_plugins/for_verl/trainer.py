@@ -167,7 +167,7 @@ class EchoTrainer(PPOTrainerSync):
         path = Path(folder) / f"{self.global_steps}.jsonl"
         left_out = write_jsonl(path, choose(rows, self.log_settings.rows), int(self.log_settings.megabytes * 1e6))
         if left_out:
-            _log.warning("%s: %d trajectories are left out (echo_log.megabytes)", path, left_out)
+            _log.warning("== %s: %d trajectories are left out (echo_log.megabytes)", path, left_out)
 
 
 def real_keys(batch: KVBatchMeta) -> list[str]:
