@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from functools import lru_cache
 
 from converters.audio_qa import AudioQA, Event
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS, Segment, format_tag, resolve
 
 _TICKS = 100  # a second: a tag has two decimals
+_WORD = re.compile(r"\w+")
 
 
 def think_of_events(
@@ -62,11 +64,13 @@ def _segment(event: Event, duration_seconds: float) -> Segment | None:
     return segment if isinstance(segment, Segment) else None
 
 
+@lru_cache(4_096)  # the labels of a set are few
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.replace("_", " ").casefold()))
+    """Its words alone, in small letters, a blank around each."""
+    return f" {' '.join(_WORD.findall(text.replace('_', ' ').casefold()))} "
 
 
 def _is_named(label: str, asked: str) -> bool:
     """Whether `asked` names the label, in the singular or the plural."""
-    words = _words(label)
-    return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", asked) is not None
+    words = _words(label).rstrip()
+    return bool(words) and any(f"{words}{plural} " in asked for plural in ("", "s", "es"))
