@@ -47,8 +47,8 @@ def main(
         rest_file.commit()
     num_held = sum(counts[audio] for audio in chosen)
     typer.echo(
-        f"== {source}: {counts.total()} rows of {len(counts)} recordings: {num_held} rows of {len(chosen)} recordings are "
-        f"held out in {held}, {counts.total() - num_held} rows are left in {rest}"
+        f"== {source}: {counts.total()} rows of {len(counts)} recordings: {num_held} rows of {len(chosen)} recordings "
+        f"are held out in {held}, {counts.total() - num_held} rows are left in {rest}"
     )
 
 

@@ -194,8 +194,18 @@ if [[ -n "${RAY_DIR:-}" ]]; then
 fi
 # verl empties the file when it starts: what an earlier try logged is kept beside it as metrics.TIME.jsonl.
 if [[ -e "$OUTPUT_DIR/metrics.jsonl" ]]; then mv "$OUTPUT_DIR/metrics.jsonl" "$OUTPUT_DIR/metrics.$(date +%s).jsonl"; fi
-# The step of the last whole checkpoint, 0 without one.
-trained_steps() { cat "$OUTPUT_DIR/latest_checkpointed_iteration.txt" 2> /dev/null || echo 0; }
+# The step of the last whole checkpoint, 0 without one. verl names it in a file when all ranks have saved; where a kill
+# left that file empty, the newest checkpoint is whole.
+trained_steps() {
+  local named newest
+  named="$(cat "$OUTPUT_DIR/latest_checkpointed_iteration.txt" 2> /dev/null || echo 0)"
+  if [[ ! "$named" =~ ^[0-9]+$ ]]; then
+    newest="$(find "$OUTPUT_DIR" -maxdepth 1 -name 'global_step_*' | sort -V | tail -1)"
+    named="${newest##*_}"
+    printf '%s' "${named:=0}" > "$OUTPUT_DIR/latest_checkpointed_iteration.txt"
+  fi
+  printf '%s\n' "$named"
+}
 
 BEFORE="$(trained_steps)"
 no_step_left() {

@@ -97,7 +97,9 @@ def test_rows_that_are_too_long_are_left_out_by_their_stored_token_counts(
 
 
 def test_a_file_of_which_no_prompt_is_short_enough_is_an_error_that_names_it(processor: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none of the 1 prompts of .*\.parquet.* is within data\.max_prompt_length=200"):
+    with pytest.raises(
+        ValueError, match=r"none of the 1 prompts of .*\.parquet.* is within data\.max_prompt_length=200"
+    ):
         read(
             processor,
             tmp_path,

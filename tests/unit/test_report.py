@@ -388,7 +388,9 @@ def test_missing_and_broken_audio_is_said_on_its_row_and_at_the_end(tmp_path: Pa
     run = write_rows(tmp_path / "runs/x.jsonl", *rows)
     output = tmp_path / "r.html"
     done = CliRunner().invoke(app, [str(run), "-o", str(output), "--audio-root", str(tmp_path)])
-    assert done.exit_code == 0 and "== 4 of 5 rows are without sound. The first: 'gone.wav': no such file" in done.output
+    assert (
+        done.exit_code == 0 and "== 4 of 5 rows are without sound. The first: 'gone.wav': no such file" in done.output
+    )
     data = Page(output).data
     problems = [row["audio_problem"] or data["sounds"][row["sound"]]["problem"] for row in data["sets"][0]["sides"][0]]
     for problem, said in zip(
