@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from functools import lru_cache
@@ -50,11 +49,12 @@ def think_of_events(
 
 def _segment(event: Event, duration_seconds: float) -> Segment | None:
     """The event in hundredths of a second, inside the clip and long enough to be inserted."""
-    last = math.floor(round(duration_seconds * _TICKS, 6))
+    last = round(duration_seconds * _TICKS)
+    last -= last / _TICKS > duration_seconds
     start, end = round(event.start_seconds * _TICKS), min(round(event.end_seconds * _TICKS), last)
     if event.start_seconds >= duration_seconds:
         return None
-    shortest = math.ceil(MIN_SEGMENT_SECONDS * _TICKS)
+    shortest = round(MIN_SEGMENT_SECONDS * _TICKS)
     if end - start < shortest:
         start = max(0, min((start + end - shortest) // 2, last - shortest))
         end = start + shortest

@@ -93,7 +93,7 @@ def main(
         answers_only = _without_think(found, source, target, rejected, without_think)
     elif found.with_events:
         typer.echo(
-            f"{source}: {found.with_think} of {found.rows} rows have `think`; {found.with_events} more get it built "
+            f"== {source}: {found.with_think} of {found.rows} rows have `think`; {found.with_events} more get it built "
             "from their `events` (--no-from-events leaves them out)",
             err=True,
         )
@@ -106,7 +106,7 @@ def main(
     left_out = tally.rejected[Reason.NO_THINK]
     if left_out:
         typer.echo(
-            f"{left_out} rows have no `think` and are left out of SFT; RL can use them. {HOW_TO_REASON}", err=True
+            f"== {left_out} rows have no `think` and are left out of SFT; RL can use them. {HOW_TO_REASON}", err=True
         )
 
 
@@ -150,14 +150,14 @@ def _without_think(found: Found, source: Path, target: Path, side: Path | None, 
         raise typer.Exit(1)
     if choice is WithoutThink.ANSWERS:
         typer.echo(
-            f"{source}: {none_has}: all {found.rows} become rows of mode plain that answer with an empty <think>, so "
-            f"the model learns to answer without reasoning. {HOW_TO_REASON}.",
+            f"== {source}: {none_has}: all {found.rows} become rows of mode plain that answer with an empty <think>, "
+            f"so the model learns to answer without reasoning. {HOW_TO_REASON}.",
             err=True,
         )
         return True
     shards.remove(source, target, side)
     typer.echo(
-        f"{source}: {none_has}: no SFT rows are written to {target}, and RL starts from the base model. "
+        f"== {source}: {none_has}: no SFT rows are written to {target}, and RL starts from the base model. "
         f"{HOW_TO_REASON}.",
         err=True,
     )

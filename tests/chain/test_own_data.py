@@ -35,7 +35,7 @@ SMALL |= {
     "EVAL_MODES": "interleaved",
     "EVAL_MAX_TOKENS": "48",
 }
-SMALL |= {"VERBOSE": "1", "PREFLIGHT": "warn"}
+SMALL |= {"PREFLIGHT": "warn"}
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -113,6 +113,7 @@ EVENTS = st.builds(
 
 
 @given(st.lists(EVENTS, max_size=12), st.floats(0.001, 400))
+@example([Event("bell", 0.0, 2.0)], 1.9999999999999432)
 def test_every_tag_lies_in_the_clip_and_inserts_a_clip(events: list[Event], duration_seconds: float) -> None:
     think = think_of_events(qa(events), duration_seconds)
     if think is None:
