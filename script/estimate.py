@@ -35,6 +35,7 @@ RL_CPU_HOST_BYTES = (
     13 * GB
 )  # recipes/tiny-cpu: a dozen processes that have imported torch and vLLM; 1 GB is the KV cache
 INFER_CPU_HOST_BYTES = 4 * GB
+SHARD_BYTES = 5 * GB  # the files of a model that ms-swift writes
 FEATURE_BYTES = 4 * 128 * 3_000  # log-mel features of 30 s in float32
 MIN_KV_BYTES = 3 * GB  # below it vLLM has too few blocks for a batch
 
@@ -164,7 +165,8 @@ def read_model(folder: Path) -> Model:
         for tensor, entry in read_header(folder / name).items():
             parameters[part_of(tensor)] += math.prod(entry["shape"])
             weight_bytes += entry["data_offsets"][1] - entry["data_offsets"][0]
-            if re.match(r"thinker\.model\.layers\.\d+\..*_proj\.weight$", tensor) and len(entry["shape"]) == 2:
+            # Not the experts: transformers makes them one parameter a layer, and LoRA adapts linear layers alone.
+            if re.match(r"thinker\.model\.layers\.\d+\.(?!mlp\.experts).*_proj\.weight$", tensor):
                 shapes.append(tuple(entry["shape"]))
     config = json.loads((folder / "config.json").read_text())
     text = config.get("thinker_config", config).get("text_config", {})
@@ -337,16 +339,17 @@ def rl(model: Model, settings: Settings, rows: int | None, gpu_total: float) -> 
 
 
 def merge(model: Model) -> Estimate:
-    """A whole model in the dtype of the base model, written beside the old one and then moved. The shards are read in
-    float32 and joined."""
-    host = 4 * model.thinker + model.weight_bytes + SFT_CPU_HOST_BYTES
-    return Estimate("merge", None, host, model.weight_bytes, model.weight_bytes, None, "the model, dtype as it is")
+    """A whole model in the dtype of the base model, written beside the old one and then moved. One file of the base
+    model is in memory at a time (for_verl/merge.py), read and written."""
+    host = SFT_CPU_HOST_BYTES + 2 * min(SHARD_BYTES, model.weight_bytes)
+    basis = f"the model, {model.weight_bytes / GB:.3g} GB"
+    return Estimate("merge", None, host, model.weight_bytes, model.weight_bytes, None, basis)
 
 
 def infer(model: Model, settings: Settings, gpu_total: float) -> Estimate:
     """vLLM takes 0.9 of a GPU (eval/engine.py). On a CPU it holds the thinker in float32."""
     if settings.cuda:
-        host = settings.whole("NUM_GPUS") / settings.whole("EVAL_TP") * INFER_HOST_BYTES + model.weight_bytes
+        host = settings.whole("NUM_GPUS") / settings.whole("EVAL_TP") * INFER_HOST_BYTES
         return Estimate("infer", 0.9 * gpu_total, host, 0, 0, None, f"vLLM takes 0.9 of {gpu_total / GB:.0f} GB")
     return Estimate("infer", None, INFER_CPU_HOST_BYTES + 4 * model.thinker, 0, 0, None, "one engine")
 

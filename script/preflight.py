@@ -34,6 +34,7 @@ import estimate as estimates  # noqa: E402
 from estimate import GB, STAGES, Estimate, Model, ModelError, Settings  # noqa: E402
 
 SAMPLE_ROWS = 512
+SAMPLE_CHARACTERS = 500_000  # a tokenizer takes a second for them; of longer texts fewer rows are looked at
 PREFIXES = ("SFT_", "RL_", "EVAL_", "TRAJECTORY_")
 # Variables with those prefixes that are places, not settings.
 PLACES = {f"{purpose}_{what}" for purpose in ("SFT", "RL", "EVAL") for what in ("AUDIO_QA", "DIR")}
@@ -184,9 +185,9 @@ def wrong_values(settings: Settings) -> Problems:
     for name, rule in RULES.items():
         if wanted := rule.wrong(settings[name]):
             if rule.words and (near := difflib.get_close_matches(settings[name], rule.words, 1)):
-                wanted += f"; did you mean {near[0]}?"
-            why = " GRPO compares rollouts of one question." if name == "RL_GROUP" else ""
-            yield Problem(f"{name} is '{settings[name]}'", f"It has to be {wanted.rstrip('?')}.{why}")
+                wanted += f". Did you mean {near[0]}?"
+            why = ". GRPO compares the rollouts of one question" if name == "RL_GROUP" else ""
+            yield Problem(f"{name} is '{settings[name]}'", f"It has to be {wanted}{why}{'' if '?' in wanted else '.'}")
     if settings["SFT_MAX_STEPS"].strip() == "0":
         yield Problem("SFT_MAX_STEPS is '0'", "-1 lets SFT_EPOCHS decide, and SFT_WITHOUT_THINK=skip leaves SFT out.")
     if settings["DEVICE"] == "cuda" and settings["NUM_GPUS"].strip() == "0":
@@ -428,7 +429,8 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     encode = _encoder(model)
     lengths = Lengths(family, hop, encode or (lambda text: []))
     count, limit = (_sft_tokens, "SFT_MAX_LENGTH") if rows.purpose == "SFT" else (_prompt_tokens, "RL_MAX_PROMPT")
-    tokens = [count(record, path, settings, lengths) for record, path, _ in found]
+    step = 1 + sum(len(record.question) + len(record.think or "") for record, *_ in found) // SAMPLE_CHARACTERS
+    tokens = [count(record, path, settings, lengths) for record, path, _ in found[::step]]
     over = sum(number > settings.whole(limit) for number in tokens)
     what = "rows" if rows.purpose == "SFT" else "prompts"
     counted = "" if encode else " (audio tokens alone: the model has no tokenizer.json)"
@@ -483,9 +485,8 @@ def enough_rows(rows: Mapping[str, Rows], settings: Settings, stages: Sequence[s
         if train.number < size:
             text = f"RL_BATCH_SIZE={size} is more than the {train.number} rows that RL has, of {train.where}"
             text += f" ({train.held} rows are held out)" if train.held else ""
-            yield Problem(
-                text, f"Use RL_BATCH_SIZE={max(train.number, 1)} or less, or hold fewer rows out (RL_HOLDOUT)."
-            )
+            cure = f"Use RL_BATCH_SIZE={train.number} or less" if train.number else "Use more recordings"
+            yield Problem(text, f"{cure}, or hold fewer out (RL_HOLDOUT, EVAL_HOLDOUT): a recording goes as a whole.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_an_old_name_is_refused_with_the_new_one_unless_both_agree() -> None:
         ("RL_MODE", "interleave", "interleaved, grounded, plain"),
         ("EVAL_MODES", "interleaved ground", "interleaved, grounded, plain"),
         ("SFT_MODE", "interleaved=50,plan=50", "neither a mode"),
-        ("SFT_LR_SCHEDULER", "cosin", "did you mean cosine"),
+        ("SFT_LR_SCHEDULER", "cosin", "Did you mean cosine?"),
         ("RL_GROUP", "1", "GRPO compares"),
         ("SFT_DEEPSPEED", "zero4", "zero0, zero1, zero2"),
         ("REWARD_PRESET", "papr", "confidence-linear"),
@@ -427,6 +427,28 @@ def test_what_the_settings_need_and_is_not_installed(values: dict, versions: dic
     assert found.refused and seen in str(found)
 
 
+def test_a_python_that_the_pins_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(preflight.sys, "version_info", (3, 13, 0))
+        found = texts(preflight.packages(settings(), STAGES, of()))
+    assert len(found) == 1 and "Python is 3.13" in found[0] and "setup.sh gpu" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("required", "cuda"),
+    [
+        (['cuda-toolkit[cublas,cudart]==13.0.2; platform_system == "Linux"', "cuda-bindings<14,>=13.0.3"], (13, 0)),
+        (["filelock", 'nvidia-cuda-runtime-cu12==12.8.90; platform_system == "Linux"'], (12, 8)),
+        (["filelock"], None),
+    ],
+)
+def test_the_cuda_of_torch_is_read_off_its_package(
+    monkeypatch: pytest.MonkeyPatch, required: list[str], cuda: tuple[int, int] | None
+) -> None:
+    monkeypatch.setattr(preflight.metadata, "requires", lambda name: required)
+    assert preflight.torch_cuda() == cuda
+
+
 def test_too_few_gpus_are_refused_and_a_warning_where_ray_has_more_machines() -> None:
     assert texts(preflight.gpus(settings(), STAGES, NODE, (13, 0))) == []
     assert texts(preflight.gpus(settings(DEVICE="cpu"), STAGES, LAPTOP, (13, 0))) == []
@@ -570,6 +592,10 @@ def test_the_disk_that_is_left_counts_with_what_is_there(seven_b: Path, tmp_path
     assert texts(preflight.disk(found, tmp_path, NODE)) == []
     found_full = only(preflight.disk(found, tmp_path, replace(NODE, disk_free=200 * GB)))
     assert found_full.refused and f"{needed:.0f} GB more" in found_full.text and "200 GB free" in found_full.text
+    (tmp_path / "sft").mkdir()
+    with (tmp_path / "sft" / "checkpoint").open("wb") as file:
+        file.truncate(int(134 * GB))
+    assert texts(preflight.disk(found, tmp_path, replace(NODE, disk_free=200 * GB))) == []
 
 
 # --------------------------------------------------------------------------------------------------------- all of it
