@@ -14,6 +14,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -63,7 +64,8 @@ warning = partial(Problem, refused=False)
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be. `kind`: whole, number, word (one of `words`), words (several of them), text."""
+    """What a value may be. `kind`: whole, number, word (one of `words`), words (several of them, with blanks), list
+    (with blanks or commas), text."""
 
     kind: str
     low: float = float("-inf")
@@ -79,11 +81,15 @@ class Rule:
         if self.kind == "text":
             return None
         if self.words:
-            given = re.split(r"[\s,]+", value.strip()) if self.kind == "words" else [value]
+            several = value.replace(",", " ") if self.kind == "list" else value
+            given = [value] if self.kind == "word" else several.split()
             return None if set(given) <= set(self.words) else self.wanted
         try:
-            number = int(value) if self.kind == "whole" else float(value)
+            number = float(value)
         except ValueError:
+            return self.wanted
+        # As bash takes it: 08 is no number there, 1_000 neither.
+        if not math.isfinite(number) or "_" in value or (self.kind == "whole" and not _WHOLE.fullmatch(value)):
             return self.wanted
         inside = (self.low < number if self.above else self.low <= number) and number <= self.high
         return None if inside else self.wanted
@@ -91,10 +97,13 @@ class Rule:
     @property
     def wanted(self) -> str:
         if self.words:
-            return f"{'one or several' if self.kind == 'words' else 'one'} of {', '.join(self.words)}"
+            return f"{'one' if self.kind == 'word' else 'one or several'} of {', '.join(self.words)}"
         bounds = [f"{'above' if self.above else 'from'} {self.low:g}"] if self.low > float("-inf") else []
         bounds += [f"up to {self.high:g}"] if self.high < float("inf") else []
         return " ".join(["a whole number" if self.kind == "whole" else "a number", *bounds])
+
+
+_WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)")
 
 
 def _word(*words: str) -> Rule:
@@ -146,7 +155,7 @@ RULES: dict[str, Rule] = {
     "RL_MODE": _word(*_MODES),
     "STRADDLE": _word("cut", "keep"),
     "EVAL_MODES": Rule("words", words=_MODES),
-    "TRACKERS": Rule("words", words=tuple(TRACKERS), empty=True),
+    "TRACKERS": Rule("list", words=tuple(TRACKERS), empty=True),
     **dict.fromkeys(("SFT_MODE", "SFT_DEEPSPEED", "REWARD_PRESET", "RL_ARGS", "BENCHMARKS"), _TEXT),
 }
 
@@ -304,6 +313,10 @@ class Rows:
     sample: Sequence[Any] = field(default=(), repr=False)
 
     @property
+    def sampled(self) -> str:
+        return "sampled " if len(self.sample) < self.number + self.held else ""
+
+    @property
     def where(self) -> str:
         return f"{self.path}" if self.path else f"the rows for {self.purpose}"
 
@@ -404,7 +417,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     yield from _share(
         len(missing),
         len(records),
-        f"audio files of {name}={rows.path} cannot be read under AUDIO_ROOT={settings['AUDIO_ROOT']}, "
+        f"{rows.sampled}audio files of {name}={rows.path} cannot be read under AUDIO_ROOT={settings['AUDIO_ROOT']}, "
         f"{missing[0] if missing else ''} for one",
         "Correct AUDIO_ROOT, or the paths in the manifest.",
     )
@@ -415,7 +428,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     yield from _share(
         len(long),
         len(found),
-        f"rows of {name}={rows.path} have more than the {window:g} s of audio that the model hears, "
+        f"{rows.sampled}rows of {name}={rows.path} have more than the {window:g} s of audio that the model hears, "
         f"id {long[0].id if long else ''} for one",
         "Cut the recordings (converters.importers), or leave these rows out.",
     )
@@ -432,7 +445,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     step = 1 + sum(len(record.question) + len(record.think or "") for record, *_ in found) // SAMPLE_CHARACTERS
     tokens = [count(record, path, settings, lengths) for record, path, _ in found[::step]]
     over = sum(number > settings.whole(limit) for number in tokens)
-    what = "rows" if rows.purpose == "SFT" else "prompts"
+    what = rows.sampled + ("rows" if rows.purpose == "SFT" else "prompts")
     counted = "" if encode else " (audio tokens alone: the model has no tokenizer.json)"
     bound = f"the shortest has {min(tokens):,}" if over == len(tokens) else f"the longest has {max(tokens):,}"
     text = f"{what} of {name}={rows.path} have more tokens than {limit}={settings[limit]}: {bound}{counted}"
@@ -442,7 +455,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
 def _share(some: int, of: int, text: str, cure: str) -> Problems:
     """A refusal where it is all of the rows that were looked at, a warning where it is some."""
     if some == of and of:
-        yield Problem(f"all {of} {text.replace(' for one', '', 0)}", cure)
+        yield Problem(f"all {of} {text}", cure)
     elif some:
         yield warning(f"{some} of {of} {text}", cure)
 
@@ -493,12 +506,16 @@ def enough_rows(rows: Mapping[str, Rows], settings: Settings, stages: Sequence[s
 # What is there already
 
 
-def finished(run_dir: Path, stage: str) -> bool:
-    """By the manifest that script/manifest.py keeps."""
+def finished(run_dir: Path, stage: str, settings: Settings) -> bool:
+    """By the manifest that script/manifest.py keeps. FORCE=1 runs it again, CONTINUE=1 where its settings changed."""
     try:
-        return bool(json.loads((run_dir / "manifests" / f"{stage}.json").read_text()).get("finished"))
+        manifest = json.loads((run_dir / "manifests" / f"{stage}.json").read_text())
     except (OSError, ValueError):
         return False
+    before = manifest.get("settings", {})
+    changed = any(name in settings.values and settings[name] != value for name, value in before.items())
+    again = settings["FORCE"] == "1" or (settings["CONTINUE"] == "1" and changed)
+    return bool(manifest.get("finished")) and not again
 
 
 def written(folder: Path) -> int:
@@ -693,14 +710,12 @@ def gpus(settings: Settings, stages: Sequence[str], machine: Machine, built_for:
     if not settings.cuda or not {"sft", "rl", "infer"} & set(stages):
         return
     elsewhere = bool(settings["RAY_ADDRESS"])  # the GPUs may be in other machines of the cluster
-    wanted, here = settings.whole("NUM_GPUS"), len(machine.gpus)
-    if not {"sft", "rl"} & set(stages):
-        wanted = settings.whole("EVAL_TP")
+    name = "NUM_GPUS" if {"sft", "rl"} & set(stages) else "EVAL_TP"
+    wanted, here = settings.whole(name), len(machine.gpus)
     if here < wanted:
         seen = f"this machine has {here}" if here else "nvidia-smi finds none here"
-        cure = f"Use NUM_GPUS={here}." if here else "Use DEVICE=cpu, or start it on the GPU machine."
-        text = f"{wanted} GPUs a node are needed (NUM_GPUS) and {seen}"
-        yield Problem(text, cure, refused=not elsewhere)
+        cure = f"Use {name}={here}." if here else "Use DEVICE=cpu, or start it on the GPU machine."
+        yield Problem(f"{name}={wanted} GPUs are needed and {seen}", cure, refused=not elsewhere)
     elif machine.cuda and built_for and machine.cuda[0] < built_for[0]:
         text = f"the driver {machine.driver} runs CUDA {machine.cuda[0]}.{machine.cuda[1]} at most, "
         text += f"and torch is built for CUDA {built_for[0]}.{built_for[1]}"
@@ -803,13 +818,14 @@ class Plan:
     @cached_property
     def left(self) -> tuple[str, ...]:
         """The stages that have not finished."""
-        again = self.settings["FORCE"] == "1"
-        return tuple(stage for stage in self.stages if again or not finished(self.run_dir, stage))
+        return tuple(stage for stage in self.stages if not finished(self.run_dir, stage, self.settings))
 
     @cached_property
     def model_dir(self) -> Path | None:
-        path = Path(self.settings["PREFLIGHT_MODEL"] or self.settings["BASE_MODEL"] or "/nowhere")
-        return path if (path / "config.json").is_file() else None
+        """The base model, or what a stage made of it: both have the same sizes."""
+        base = self.settings["PREFLIGHT_MODEL"] or self.settings["BASE_MODEL"]
+        places = [*([Path(base)] if base else []), self.run_dir / "sft" / "last", self.run_dir / "merged"]
+        return next((path for path in places if (path / "config.json").is_file()), None)
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
@@ -943,8 +959,9 @@ def main(argv: list[str] | None = None) -> int:
     for problem in sorted(problems, key=lambda problem: problem.refused):
         print(problem, file=sys.stderr)
     if arguments.quiet or problems:
+        warnings = len(problems) - len(refused)
         passed = f"{len(refused)} refused (PREFLIGHT=warn goes on)" if refused else "nothing refused"
-        print(f"pre-flight: {passed}, {len(problems) - len(refused)} warnings", file=sys.stderr)
+        print(f"pre-flight: {passed}, {warnings} warning{'' if warnings == 1 else 's'}", file=sys.stderr)
     return 2 if refused else 0
 
 

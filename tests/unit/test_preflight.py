@@ -186,6 +186,10 @@ def test_an_old_name_is_refused_with_the_new_one_unless_both_agree() -> None:
         ("RL_GPU_MEMORY", "60", "a number above 0 up to 1"),
         ("RL_LR", "1e-6x", "a number above 0"),
         ("SFT_FREEZE_AUDIO", "True", "one of true, false"),
+        ("SFT_BATCH_SIZE", "08", "a whole number from 1"),
+        ("RL_BATCH_SIZE", "1_000", "a whole number from 1"),
+        ("RL_KL", "inf", "a number from 0"),
+        ("EVAL_MODES", "interleaved,plain", "interleaved, grounded, plain"),
         ("DEVICE", "gpu", "one of cpu, cuda"),
         ("RL_MODE", "interleave", "interleaved, grounded, plain"),
         ("EVAL_MODES", "interleaved ground", "interleaved, grounded, plain"),
@@ -454,6 +458,8 @@ def test_too_few_gpus_are_refused_and_a_warning_where_ray_has_more_machines() ->
     assert texts(preflight.gpus(settings(DEVICE="cpu"), STAGES, LAPTOP, (13, 0))) == []
     found = only(preflight.gpus(settings(), STAGES, replace(NODE, gpus=NODE.gpus[:2]), (13, 0)))
     assert found.refused and "this machine has 2. Use NUM_GPUS=2" in str(found)
+    found = only(preflight.gpus(settings(EVAL_TP="4"), ["infer"], replace(NODE, gpus=NODE.gpus[:2]), (13, 0)))
+    assert "EVAL_TP=4 GPUs are needed and this machine has 2. Use EVAL_TP=2." in str(found)
     found = only(preflight.gpus(settings(RAY_ADDRESS="head:6379", NUM_NODES="2"), STAGES, LAPTOP, (13, 0)))
     assert not found.refused and "finds none" in str(found)
 
@@ -628,12 +634,12 @@ def test_a_large_manifest_is_judged_in_seconds_and_without_a_framework(
     }
     environment |= {f"PREFLIGHT_{purpose}_AUDIO_QA": str(rows) for purpose in ("SFT", "RL", "VAL", "EVAL")}
     done, seconds = start(["--recipe", "tiny-cpu", *STAGES], **environment, RL_MAX_PROMPT="100")
-    assert done.returncode == 2 and "error: all 512 prompts of RL_AUDIO_QA" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and "error: all 512 sampled prompts of RL_AUDIO_QA" in done.stderr, done.stderr[-2000:]
     assert seconds < 15  # 3 on a quiet machine; the suite runs on busy ones
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "converters" in loaded and not loaded & {"torch", "transformers", "verl", "vllm", "swift", "ray"}
     done, _ = start(["--recipe", "tiny-cpu", *STAGES], **environment, RL_MAX_PROMPT="100", PREFLIGHT="warn")
-    assert done.returncode == 0 and "warning: all 512 prompts" in done.stderr and "error:" not in done.stderr
+    assert done.returncode == 0 and "warning: all 512 sampled prompts" in done.stderr and "error:" not in done.stderr
     done, _ = start(["--recipe", "tiny-cpu", "--quiet", *STAGES], **environment)
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 0 and said == ["pre-flight: nothing refused, 0 warnings"]
@@ -641,12 +647,26 @@ def test_a_large_manifest_is_judged_in_seconds_and_without_a_framework(
 
 def test_a_finished_stage_is_not_judged(tmp_path: Path) -> None:
     (tmp_path / "manifests").mkdir()
-    (tmp_path / "manifests/rl.json").write_text('{"finished": true}')
+    (tmp_path / "manifests/rl.json").write_text('{"finished": true, "settings": {"RL_LR": "1e-6"}}')
     touch(tmp_path / "rl/global_step_50/actor/model_world_size_16_rank_3.pt")
     plan = preflight.Plan(settings(RUN_DIR=str(tmp_path)), ROOT / "recipes/echo-7b", STAGES, NODE)
     assert plan.left == ("data", "sft", "merge", "infer", "score")
-    again = preflight.Plan(settings(RUN_DIR=str(tmp_path), FORCE="1"), ROOT / "recipes/echo-7b", STAGES, NODE)
-    assert again.left == STAGES
+    for again, stages in (
+        ({"FORCE": "1"}, STAGES),
+        ({"CONTINUE": "1"}, plan.left),
+        ({"CONTINUE": "1", "RL_LR": "2e-6"}, STAGES),
+    ):
+        changed = settings(RUN_DIR=str(tmp_path), **again)
+        assert preflight.Plan(changed, ROOT / "recipes/echo-7b", STAGES, NODE).left == stages
+
+
+def test_the_model_of_a_finished_stage_serves_where_the_base_model_is_gone(tmp_path: Path) -> None:
+    plan = preflight.Plan(
+        settings(RUN_DIR=str(tmp_path), PREFLIGHT_MODEL="/gone"), ROOT / "recipes/echo-7b", STAGES, NODE
+    )
+    assert plan.model_dir is None
+    touch(tmp_path / "sft/last/config.json")
+    assert preflight.Plan(plan.settings, plan.recipe_dir, STAGES, NODE).model_dir == tmp_path / "sft/last"
 
 
 def test_one_manifest_for_everything_is_held_out_of(tmp_path: Path) -> None:
