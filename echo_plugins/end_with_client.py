@@ -1,4 +1,5 @@
-"""vLLM's processes end with the process that started them, even by kill -9: in eval's engine and in verl's server.
+"""Processes end with the one that started them, even by kill -9: vLLM's, in eval's engine and in verl's server, and the
+workers of ms-swift.
 
     the client -> EngineCore -> workers, one a GPU (on a CPU, eval's worker is in EngineCore's own process)
 
@@ -10,12 +11,14 @@ killed as well (`ray stop --force`). So the client says who it is before it star
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import select
 import signal
 import threading
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CLIENT_VARIABLE = "ECHO_ENGINE_CLIENT"  # the client's process id, for the processes that it starts
 
 
@@ -29,6 +32,12 @@ def end_with_client() -> None:
     client, parent = int(os.environ.get(CLIENT_VARIABLE, os.getpid())), multiprocessing.parent_process()
     if client != os.getpid() and parent is not None and parent.pid is not None:
         threading.Thread(target=_watch, args=(client, parent.pid), daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """To be called in a process: it is killed when its parent ends, however that ends. Linux only (prctl)."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def _watch(client: int, parent: int) -> None:

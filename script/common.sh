@@ -120,7 +120,7 @@ stage() {
   if [[ "$VERBOSE" == 1 ]]; then
     "$@" 2>&1 | tee -a "$log" >&2
   else
-    "$PYTHON" "$ROOT/script/watch.py" follow "$name" "${STAGE_LOG[@]}" &
+    "$PYTHON" "$ROOT/script/watch.py" follow "$name" "${STAGE_LOG[@]}" --parent "$$" &
     STAGE_WATCHER=$!
     "$@" >> "$log" 2>&1
   fi

@@ -512,7 +512,7 @@ def finished(run_dir: Path, stage: str, settings: Settings) -> bool:
         manifest = json.loads((run_dir / "manifests" / f"{stage}.json").read_text())
     except (OSError, ValueError):
         return False
-    before = manifest.get("settings", {})
+    before = manifest.get("learned", {})
     changed = any(name in settings.values and settings[name] != value for name, value in before.items())
     again = settings["FORCE"] == "1" or (settings["CONTINUE"] == "1" and changed)
     return bool(manifest.get("finished")) and not again

@@ -36,15 +36,18 @@ if [[ "$DEVICE" == cpu ]]; then AT_ONCE=$SFT_MICRO_BATCH; else AT_ONCE=$((SFT_MI
 ((SFT_BATCH_SIZE % AT_ONCE == 0)) ||
   die "SFT_BATCH_SIZE=$SFT_BATCH_SIZE is no multiple of the $AT_ONCE rows that SFT_MICRO_BATCH=$SFT_MICRO_BATCH on NUM_GPUS=$NUM_GPUS holds at once" 2
 
-ENVIRONMENT=(env "PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false)
+ENVIRONMENT=(env)
 DEVICE_FLAGS=()
 if [[ "$DEVICE" == cuda ]]; then
   ENVIRONMENT+=("NPROC_PER_NODE=$NUM_GPUS" "NNODES=$NUM_NODES") # ms-swift starts one process a GPU
 else
-  # One thread: two are no faster for so small a model, and on a busy machine they wait for each other.
-  ENVIRONMENT+=(CUDA_VISIBLE_DEVICES= NNODES=1 "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
+  # One thread: two are no faster for so small a model, and on a busy machine they wait for each other. With NNODES or
+  # NPROC_PER_NODE in the environment ms-swift would start torchrun.
+  ENVIRONMENT+=(-u NNODES -u NPROC_PER_NODE)
+  ENVIRONMENT+=(CUDA_VISIBLE_DEVICES= "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
   DEVICE_FLAGS+=(--dataloader_pin_memory false)
 fi
+ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false)
 [[ -z "$SFT_DEEPSPEED" ]] || DEVICE_FLAGS+=(--deepspeed "$SFT_DEEPSPEED")
 
 # ms-swift counts the audio tower as `vit` and its projection as `aligner`. Both are frozen unless told otherwise. The vision

@@ -1,7 +1,7 @@
 """What the terminal shows of a stage that writes everything to a log, and why a stage failed.
 
-    python script/watch.py follow STAGE --log LOG --offset BYTES --output DIR    beside the stage, until SIGTERM
-    python script/watch.py cause --log LOG --offset BYTES --output DIR           after it failed
+    python script/watch.py follow STAGE --log LOG --offset BYTES --output DIR --parent PID   beside it, until SIGTERM
+    python script/watch.py cause --log LOG --offset BYTES --output DIR                       after it failed
 
 `follow` shows one live line (a plain line a minute where there is no terminal) and passes on the lines of the log that
 are ours. The rule: a line is ours if its text begins with "== ". `note` of common.sh and our Python code write such
@@ -297,12 +297,11 @@ class Watch:
         self.console.print(Text(text + more), soft_wrap=True)
 
 
-def follow(name: str, log: Path, offset: int, output: Path) -> None:
-    """Until SIGTERM, or until the shell that started this process is gone."""
+def follow(name: str, log: Path, offset: int, output: Path, parent: int) -> None:
+    """Until SIGTERM, or until the shell that started this process is gone; it may be gone already."""
     stop = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # sigtimedwait takes them, so none can cut a line in half
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    parent = os.getppid()
     console = Console(stderr=True, highlight=False)
     watch = Watch(name, log, offset, output, console, time.monotonic())
     with watch.live or contextlib.nullcontext():
@@ -570,6 +569,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     following = commands.add_parser("follow", help="show what the stage is doing, until SIGTERM")
     following.add_argument("stage")
+    following.add_argument("--parent", type=int, help="process id of the shell; without it, the parent's at the start")
     for command in (following, commands.add_parser("cause", help="say why the stage failed")):
         command.add_argument("--log", type=Path, required=True, help="everything that the stage prints")
         command.add_argument("--offset", type=int, default=0, help="bytes of the log that are of earlier starts")
@@ -577,7 +577,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "follow":
-            follow(args.stage, args.log, args.offset, args.output)
+            follow(args.stage, args.log, args.offset, args.output, args.parent or os.getppid())
         else:
             lines = cause(args.log, args.offset, args.output, args.log.stem)
             Console(stderr=True, highlight=False).print(Text("\n".join(lines)), soft_wrap=True)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     CHAT: set(),
     END: set(),
     "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL, END},
-    "echo_plugins.for_swift": {RELISTEN, REWARDS, AUDIO, MODEL},
+    "echo_plugins.for_swift": {RELISTEN, REWARDS, AUDIO, MODEL, END},
     "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END},
     "converters": {RELISTEN, AUDIO, MODEL, CHAT},
 }

@@ -647,7 +647,7 @@ def test_a_large_manifest_is_judged_in_seconds_and_without_a_framework(
 
 def test_a_finished_stage_is_not_judged(tmp_path: Path) -> None:
     (tmp_path / "manifests").mkdir()
-    (tmp_path / "manifests/rl.json").write_text('{"finished": true, "settings": {"RL_LR": "1e-6"}}')
+    (tmp_path / "manifests/rl.json").write_text('{"finished": true, "learned": {"RL_LR": "1e-6"}}')
     touch(tmp_path / "rl/global_step_50/actor/model_world_size_16_rank_3.pt")
     plan = preflight.Plan(settings(RUN_DIR=str(tmp_path)), ROOT / "recipes/echo-7b", STAGES, NODE)
     assert plan.left == ("data", "sft", "merge", "infer", "score")
