@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = """
 import subprocess, sys
-child = "import time; from echo_plugins.end_with_client import end_with_parent; {call}; print(1, flush=True); time.sleep(60)"
+child = "import time, echo_plugins.end_with_client as ending; {call}; print(1, flush=True); time.sleep(60)"
 worker = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, start_new_session=True)
 worker.stdout.readline()
 print(worker.pid, flush=True)
@@ -34,7 +34,7 @@ def worker_of_a_killed_parent(call: str) -> int:
 
 
 def test_it_ends_with_its_parent_and_would_not_by_itself() -> None:
-    worker = worker_of_a_killed_parent("end_with_parent()")
+    worker = worker_of_a_killed_parent("ending.end_with_parent()")
     deadline = time.monotonic() + 10
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
