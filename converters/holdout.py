@@ -1,6 +1,6 @@
 """Set rows of an AudioQA manifest aside for evaluation, so that no recording lies on both sides.
 
-    python -m converters.holdout IN.jsonl --rows N --held HELD.jsonl --rest REST.jsonl
+    python -m converters.holdout IN.jsonl --rows N [--most-share 0.25] --held HELD.jsonl --rest REST.jsonl
 
 A recording is what `meta.recording` names, otherwise the audio file. Which ones are held depends on their names alone:
 the same manifest is always divided in the same way, and a recording that is added later moves few of the others.
@@ -28,10 +28,13 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Hold whole recordings until they have this many rows.")],
     held: Annotated[Path, typer.Option(dir_okay=False, help="Written whole or not at all.")],
     rest: Annotated[Path, typer.Option(dir_okay=False, help="Written whole or not at all.")],
+    most_share: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of a small manifest hold no more than this share of the rows.")
+    ] = 1.0,
 ) -> None:
     """Set rows of an AudioQA manifest aside for evaluation, so that no recording lies on both sides."""
     counts = Counter(recording_of_line(line) for line in source.open("rb"))
-    chosen = held_recordings(counts, rows)
+    chosen = held_recordings(counts, wanted_rows(rows, counts.total(), most_share))
     if len(chosen) == len(counts):
         typer.echo(
             f"error: {source}: holding {rows} of its {counts.total()} rows would leave none, since a recording "
@@ -62,6 +65,11 @@ def recording_of_line(line: bytes) -> str | None:
         return None
     meta = row.get("meta")
     return str((meta.get("recording") if isinstance(meta, dict) else None) or row["audio"])
+
+
+def wanted_rows(rows: int, total: int, most_share: float) -> int:
+    """`rows`, or where that is more than `most_share` of `total` rows, that share of them; 1 at least."""
+    return max(1, min(rows, int(most_share * total)))
 
 
 def held_recordings(counts: Counter[str | None], num_rows: int) -> set[str | None]:

@@ -35,6 +35,7 @@ import estimate as estimates  # noqa: E402
 from estimate import GB, STAGES, Estimate, Model, ModelError, Settings  # noqa: E402
 
 SAMPLE_ROWS = 512
+HOLDOUT_SHARE = 0.25  # script/recipe.sh holds out no more of a small set
 SAMPLE_CHARACTERS = 500_000  # a tokenizer takes a second for them; of longer texts fewer rows are looked at
 PREFIXES = ("SFT_", "RL_", "EVAL_", "TRAJECTORY_")
 # Variables with those prefixes that are places, not settings.
@@ -342,14 +343,15 @@ def read_rows(path: Path, purpose: str, holdouts: Sequence[int] = ()) -> Rows:
             sample.append(row)
     held = 0
     if any(holdouts):
-        from converters.holdout import held_recordings, recording_of_line
+        from converters.holdout import held_recordings, recording_of_line, wanted_rows
 
         rows = (
             orjson.dumps(parse_row(raw)) if isinstance(raw, str) else raw for _, raw in read_raw(path, lambda _: None)
         )
         counts = Counter(recording_of_line(raw) for raw in rows if isinstance(raw, bytes))
         for holdout in holdouts:
-            chosen = held_recordings(counts, holdout) if holdout else set()
+            wanted = wanted_rows(holdout, counts.total(), HOLDOUT_SHARE)
+            chosen = held_recordings(counts, wanted) if holdout else set()
             held += sum(counts.pop(recording) for recording in chosen)
     return Rows(purpose, path, number - held, held, think, events, sample)
 
@@ -485,11 +487,10 @@ def enough_rows(rows: Mapping[str, Rows], settings: Settings, stages: Sequence[s
     """Fewer rows than a batch has; no reasoning to train on."""
     if (sft := rows.get("SFT")) and {"data", "sft"} & set(stages):
         without, size = settings["SFT_WITHOUT_THINK"], settings.whole("SFT_BATCH_SIZE")
-        if not sft.has_think and without == "refuse":
+        if not (sft.has_think or sft.has_events) and without == "refuse":
             text = f"none of the {sft.number} rows of SFT_AUDIO_QA={sft.path} has `think`, the reasoning that SFT needs"
-            made = "" if sft.has_events else ", or make reasoning with converters.synthesis"
             cure = "Use SFT_WITHOUT_THINK=answers (SFT on the answers alone) or SFT_WITHOUT_THINK=skip (RL alone)"
-            yield Problem(text, cure + (made or ", or make it from the rows' events with converters.synthesis") + ".")
+            yield Problem(text, f"{cure}, or make reasoning with converters.synthesis.")
         if "sft" in stages and sft.number < size:
             text = f"SFT_BATCH_SIZE={size} is more than the {sft.number} rows of {sft.where}: an epoch is one step"
             yield warning(text, "Use a smaller SFT_BATCH_SIZE.")
@@ -869,7 +870,9 @@ class Plan:
     @property
     def skips_sft(self) -> bool:
         sft = self.rows.get("SFT")
-        return self.settings["SFT_WITHOUT_THINK"] == "skip" and sft is not None and not sft.has_think
+        if sft is None or self.settings["SFT_WITHOUT_THINK"] != "skip":
+            return False
+        return not (sft.has_think or sft.has_events)
 
 
 def check(plan: Plan, environment: Mapping[str, str]) -> tuple[list[Problem], list[Estimate], str]:

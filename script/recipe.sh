@@ -70,7 +70,7 @@ prepare_data() {
   [[ "$DRY_RUN" == 1 ]] || mkdir -p "$DATA_DIR"
   make_audio_qa
   if [[ -n "${AUDIO_QA:-}" ]]; then
-    run "$PYTHON" -m converters.holdout "$AUDIO_QA" --rows "$EVAL_HOLDOUT" --held "$eval_audio_qa" \
+    run "$PYTHON" -m converters.holdout "$AUDIO_QA" --rows "$EVAL_HOLDOUT" --most-share 0.25 --held "$eval_audio_qa" \
       --rest "$sft_audio_qa"
   fi
   require "$rl_audio_qa" "RL_AUDIO_QA is the AudioQA manifest for RL: recipes/$RECIPE/recipe.env says where to get it."
@@ -78,7 +78,8 @@ prepare_data() {
   make_base_model
   if [[ -z "$val_rows" ]]; then
     rl_rows="$DATA_DIR/rl.jsonl" val_rows="$DATA_DIR/val.jsonl"
-    run "$PYTHON" -m converters.holdout "$rl_audio_qa" --rows "$RL_HOLDOUT" --held "$val_rows" --rest "$rl_rows"
+    run "$PYTHON" -m converters.holdout "$rl_audio_qa" --rows "$RL_HOLDOUT" --most-share 0.25 --held "$val_rows" \
+      --rest "$rl_rows"
   fi
   run "$PYTHON" -m converters.sft_jsonl "$sft_audio_qa" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
     --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"

@@ -48,6 +48,8 @@ else
   DEVICE_FLAGS+=(--dataloader_pin_memory false)
 fi
 ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false)
+# For float32 ms-swift would ask for mixed precision in fp16.
+[[ "$SFT_DTYPE" != float32 ]] || DEVICE_FLAGS+=(--fp16 false --bf16 false)
 [[ -z "$SFT_DEEPSPEED" ]] || DEVICE_FLAGS+=(--deepspeed "$SFT_DEEPSPEED")
 
 # ms-swift counts the audio tower as `vit` and its projection as `aligner`. Both are frozen unless told otherwise. The vision

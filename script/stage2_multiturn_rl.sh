@@ -62,7 +62,7 @@ data=(
   data.max_prompt_length="$RL_MAX_PROMPT" data.max_response_length="$RL_MAX_RESPONSE" data.filter_overlong_prompts=True
 )
 algorithm=(
-  algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False
+  algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False critic.enable=False
 )
 model=(
   actor_rollout_ref.model.path="$(hydra_string "$MODEL")" actor_rollout_ref.model.use_remove_padding=True
@@ -135,7 +135,7 @@ if [[ "$DEVICE" == cpu ]]; then
     VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
     VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
     TORCH_COMPILE_DISABLE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0  # a shorter start: see eval/engine.py
-    RAY_worker_niceness=0  # Ray's default is 15: whatever else the machine does would come first
+    TQ_NUM_THREADS=1 RAY_worker_niceness=0  # Ray's default is 15: whatever else the machine does would come first
   )
   model+=(actor_rollout_ref.model.enable_gradient_checkpointing=False)
   for role in actor ref; do

@@ -58,3 +58,10 @@ def test_rows_of_one_named_recording_stay_together(tmp_path: Path) -> None:
     _, held, rest = hold(source, 4)
     assert (len(held), len(rest)) == (5, 15)
     assert not {row["meta"]["recording"] for row in held} & {row["meta"]["recording"] for row in rest}
+
+
+def test_of_a_small_set_no_more_than_a_share_is_held(source: Path) -> None:
+    held, rest = source.with_name("held.jsonl"), source.with_name("rest.jsonl")
+    command = [sys.executable, "-m", "converters.holdout", str(source), "--rows", "100", "--most-share", "0.25"]
+    subprocess.run([*command, "--held", str(held), "--rest", str(rest)], check=True, cwd=ROOT)
+    assert (len(rows_of(held)), len(rows_of(rest))) == (15, 45)

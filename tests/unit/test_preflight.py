@@ -277,14 +277,14 @@ def test_a_json_list_is_read_too(tmp_path: Path) -> None:
 
 
 def test_more_questions_a_step_than_rows_after_the_holdout_are_refused(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, [qa(index, f"{index}.wav") for index in range(100)], "RL", 40)
-    assert (rows.number, rows.held) == (60, 40)
+    rows = rows_of(tmp_path, [qa(index, f"{index}.wav") for index in range(80)], "RL", 40)
+    assert (rows.number, rows.held) == (60, 20), "a quarter at most"
     found = only(preflight.enough_rows({"RL": rows}, settings(), STAGES))
     assert (
         found.refused
         and "RL_BATCH_SIZE=64" in str(found)
         and "60 rows" in str(found)
-        and "40 rows are held" in str(found)
+        and "20 rows are held" in str(found)
     )
     assert texts(preflight.enough_rows({"RL": rows}, settings(RL_BATCH_SIZE="60"), STAGES)) == []
 
