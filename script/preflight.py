@@ -40,6 +40,7 @@ SAMPLE_CHARACTERS = 500_000  # a tokenizer takes a second for them; of longer te
 PREFIXES = ("SFT_", "RL_", "EVAL_", "TRAJECTORY_")
 # Variables with those prefixes that are places, not settings.
 PLACES = {f"{purpose}_{what}" for purpose in ("SFT", "RL", "EVAL") for what in ("AUDIO_QA", "DIR")}
+PLACES |= {"RL_MODEL"}
 RENAMED = {"NNODES": "NUM_NODES"}
 
 
@@ -141,6 +142,7 @@ RULES: dict[str, Rule] = {
     "RL_TEST_FREQ": Rule("whole", -1),
     **dict.fromkeys(("RL_STEPS", "RL_TOKENS_PER_GPU", "EVAL_MAX_ROWS"), _COUNT_OR_EMPTY),
     **dict.fromkeys(("SFT_LR", "RL_LR", "SFT_EPOCHS", "SFT_LORA_ALPHA", "RL_TEMPERATURE", "RL_TIMEOUT"), _POSITIVE),
+    "RL_MAX_FAILED": Rule("number", 0, 1),
     **dict.fromkeys(("MIN_SEGMENT_SECONDS", "TRAJECTORY_MEGABYTES"), _POSITIVE),
     **dict.fromkeys(("SFT_WEIGHT_DECAY", "RL_KL", "RL_VAL_TEMPERATURE", "EVAL_TEMPERATURE"), _NOT_NEGATIVE),
     "SFT_WARMUP_RATIO": _SHARE,
@@ -151,7 +153,13 @@ RULES: dict[str, Rule] = {
     "SFT_WITHOUT_THINK": _word("refuse", "answers", "skip"),
     "SFT_DTYPE": _word("float32", "float16", "bfloat16"),
     **dict.fromkeys(("SFT_FREEZE_AUDIO", "SFT_SHUFFLE", "SFT_KEEP_OPTIMIZER", "SFT_RECOMPUTE"), _SHELL_BOOL),
-    **dict.fromkeys(("RL_OFFLOAD", "TRAJECTORY_IDS"), _HYDRA_BOOL),
+    **dict.fromkeys(("RL_OFFLOAD", "TRAJECTORY_IDS", "RL_NORM_ADV", "RL_BYPASS", "RL_FILTER_GROUPS"), _HYDRA_BOOL),
+    "RL_LOSS": _TEXT,
+    "RL_LOSS_AGG": _word("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
+    "RL_LR_SCHEDULER": _word("constant", "cosine"),
+    **dict.fromkeys(("RL_CLIP_LOW", "RL_CLIP_HIGH", "RL_ENTROPY", "RL_WEIGHT_DECAY"), _NOT_NEGATIVE),
+    "RL_GRAD_CLIP": _POSITIVE,
+    "RL_TIS": Rule("number", 0, above=True, empty=True),
     **dict.fromkeys(("SFT_ATTN", "RL_ATTENTION"), _ATTENTION),
     "RL_MODE": _word(*_MODES),
     "STRADDLE": _word("cut", "keep"),

@@ -104,9 +104,18 @@ stage_data() {
 
 # The data stage writes no SFT rows where none has reasoning and SFT_WITHOUT_THINK=skip.
 has_sft() { [[ "$DRY_RUN" == 1 || -e "$DATA_DIR/sft-rows.jsonl" || ! -e "$DATA_DIR/rl.parquet" ]]; }
-rl_base() { if has_sft; then echo "$SFT_DIR/last"; else echo "$base_model"; fi; }
+rl_base() {
+  if [[ -n "${RL_MODEL:-}" ]]; then
+    echo "$RL_MODEL"
+  elif has_sft; then
+    echo "$SFT_DIR/last"
+  else
+    echo "$base_model"
+  fi
+}
 
 stage_sft() {
+  [[ -z "${RL_MODEL:-}" ]] || { note "sft: left out, RL starts from RL_MODEL=$RL_MODEL"; return; }
   has_sft || { note "sft: left out, the rows have no reasoning. RL starts from $base_model"; return; }
   stage sft --output "$SFT_DIR" --after data --model "the base model=$base_model" --learned WORDS_TEXT -- \
     env MODEL="$base_model" TRAIN_FILE="$DATA_DIR/sft-rows.jsonl" OUTPUT_DIR="$SFT_DIR" \
@@ -115,7 +124,11 @@ stage_sft() {
 
 stage_rl() {
   local options=(--after data) file
-  if has_sft; then options+=(--after sft); else options+=(--model "the base model=$base_model"); fi
+  if [[ "$(rl_base)" == "$SFT_DIR/last" ]]; then
+    options+=(--after sft)
+  else
+    options+=(--model "the model that RL starts from=$(rl_base)")
+  fi
   if [[ "$REWARD_PRESET" == *.y*ml ]]; then
     # A preset of the user's: it and the terms beside it are inputs, so that a change of them is a change of the run.
     for file in "$REWARD_PRESET" "$(dirname "$REWARD_PRESET")"/*.py; do

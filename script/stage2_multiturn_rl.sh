@@ -45,6 +45,7 @@ LOGGERS="$(IFS=,; echo "console,file${loggers[*]:+,${loggers[*]}}")"
 hydra_string() { printf "'%s'" "${1//\'/\\\'}"; }
 
 everywhere=(  # on other nodes too
+  ECHO_FAILURE_FILE="$OUTPUT_DIR/failure.txt"
   VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" TENSORBOARD_DIR="$OUTPUT_DIR/tensorboard"
   WANDB_DIR="$OUTPUT_DIR" WANDB_MODE="${WANDB_MODE:-offline}"  # nothing leaves the machine unasked
   VLLM_PLUGINS="${VLLM_PLUGINS-}"  # ms-swift has one, and verl does not work in a process that has imported ms-swift
@@ -63,6 +64,11 @@ data=(
 )
 algorithm=(
   algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False critic.enable=False
+  algorithm.norm_adv_by_std_in_grpo="$RL_NORM_ADV" algorithm.filter_groups.enable="$RL_FILTER_GROUPS"
+  algorithm.rollout_correction.bypass_mode="$RL_BYPASS"
+)
+[[ -z "$RL_TIS" ]] || algorithm+=(
+  algorithm.rollout_correction.rollout_is=token algorithm.rollout_correction.rollout_is_threshold="$RL_TIS"
 )
 model=(
   actor_rollout_ref.model.path="$(hydra_string "$MODEL")" actor_rollout_ref.model.use_remove_padding=True
@@ -71,14 +77,27 @@ model=(
 actor=(
   actor_rollout_ref.actor.strategy=fsdp2
   actor_rollout_ref.actor.optim.lr="$RL_LR" actor_rollout_ref.actor.optim.lr_warmup_steps="$RL_WARMUP_STEPS"
+  actor_rollout_ref.actor.optim.lr_scheduler_type="$RL_LR_SCHEDULER"
+  actor_rollout_ref.actor.optim.weight_decay="$RL_WEIGHT_DECAY" actor_rollout_ref.actor.grad_clip="$RL_GRAD_CLIP"
   actor_rollout_ref.actor.ppo_mini_batch_size="$RL_MINI_BATCH"
+  actor_rollout_ref.actor.policy_loss.loss_mode="$RL_LOSS" actor_rollout_ref.actor.loss_agg_mode="$RL_LOSS_AGG"
+  actor_rollout_ref.actor.clip_ratio="$RL_CLIP_LOW" actor_rollout_ref.actor.clip_ratio_low="$RL_CLIP_LOW"
+  actor_rollout_ref.actor.clip_ratio_high="$RL_CLIP_HIGH"
   actor_rollout_ref.actor.use_dynamic_bsz=True actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$RL_TOKENS_PER_GPU"
-  actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef="$RL_KL"
-  actor_rollout_ref.actor.kl_loss_type=low_var_kl actor_rollout_ref.actor.entropy_coeff=0
+  actor_rollout_ref.actor.kl_loss_coef="$RL_KL" actor_rollout_ref.actor.kl_loss_type=low_var_kl
+  actor_rollout_ref.actor.entropy_coeff="$RL_ENTROPY"
   actor_rollout_ref.actor.data_loader_seed="$SEED" actor_rollout_ref.actor.fsdp_config.seed="$SEED"
   actor_rollout_ref.actor.fsdp_config.param_offload="$RL_OFFLOAD"
   actor_rollout_ref.actor.fsdp_config.optimizer_offload="$RL_OFFLOAD"
 )
+# Without a KL term no reference is loaded.
+if awk -v kl="$RL_KL" 'BEGIN { exit !(kl > 0) }'; then
+  actor+=(actor_rollout_ref.actor.use_kl_loss=True)
+else
+  actor+=(actor_rollout_ref.actor.use_kl_loss=False)
+fi
+# The entropy of 8,192 tokens at once takes 12 GB; in chunks it takes none to speak of.
+for role in actor ref; do actor+=("actor_rollout_ref.$role.entropy_from_logits_with_chunking=True"); done
 reference=(
   actor_rollout_ref.ref.strategy=fsdp2
   actor_rollout_ref.ref.log_prob_use_dynamic_bsz=True
@@ -98,7 +117,7 @@ rollout=(
   actor_rollout_ref.rollout.agent.num_workers="$RL_AGENT_WORKERS"
   "+actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt={audio: $((MAX_SEGMENTS + 1)), image: 0, video: 0}"
   +echo.mode="$RL_MODE" +echo.max_segments="$MAX_SEGMENTS" +echo.min_segment_seconds="$MIN_SEGMENT_SECONDS"
-  +echo.straddle="$STRADDLE" +echo.rollout_timeout_seconds="$RL_TIMEOUT"
+  +echo.straddle="$STRADDLE" +echo.rollout_timeout_seconds="$RL_TIMEOUT" +echo.max_failed_share="$RL_MAX_FAILED"
 )
 reward=(
   reward.num_workers="$RL_REWARD_WORKERS" reward.reward_manager.source=importlib
@@ -148,7 +167,7 @@ if [[ "$DEVICE" == cpu ]]; then
   rollout+=(
     actor_rollout_ref.rollout.dtype=float32 actor_rollout_ref.rollout.enforce_eager=True
     actor_rollout_ref.rollout.free_cache_engine=False +actor_rollout_ref.rollout.enable_sleep_mode=False
-    actor_rollout_ref.rollout.max_num_seqs=32
+    actor_rollout_ref.rollout.max_num_seqs=128
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16
     +actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32
     +actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni
@@ -164,6 +183,11 @@ if [[ "$DEVICE" == cpu ]]; then
     ray_kwargs.ray_init.num_cpus=32 +ray_kwargs.ray_init.num_gpus="$RL_WORKERS"
     +ray_kwargs.ray_init.object_store_memory=500000000
   )
+fi
+if [[ "$DEVICE" == cuda ]]; then
+  # The reference is read only, so half the bytes serve. The bucket of the weight sync holds the embeddings in float32.
+  reference+=(actor_rollout_ref.ref.fsdp_config.model_dtype=bf16)
+  rollout+=(actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=4096)
 fi
 if [[ -z "${RAY_ADDRESS:-}" ]]; then
   # A cluster of its own, never one that happens to run here. The folder is short (a socket's path has 107 characters)
@@ -214,7 +238,13 @@ no_step_left() {
 [[ "${CONTINUED:-}" != continued || -z "$RL_STEPS" || "$BEFORE" -lt "$RL_STEPS" ]] || no_step_left
 # In braces, so that bash has read to the end when a run of hours begins: this file may change meanwhile.
 {
-  run "${command[@]}" 2>&1
+  rm -f "$OUTPUT_DIR/failure.txt"
+  status=0
+  run "${command[@]}" 2>&1 || status=$?
+  if ((status)); then
+    [[ ! -s "$OUTPUT_DIR/failure.txt" ]] || die "$(< "$OUTPUT_DIR/failure.txt")"
+    exit "$status"
+  fi
   [[ "${CONTINUED:-}" != continued || "$(trained_steps)" -gt "$BEFORE" ]] || no_step_left
   exit
 }

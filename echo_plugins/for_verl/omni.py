@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import verl.utils.flops_counter
 import verl.utils.tokenizer.tokenizer
 from transformers import (
     AutoConfig,
@@ -183,6 +184,24 @@ def load_omni_processors() -> None:
             vars(module)["hf_processor"] = hf_processor
 
 
+def count_flops() -> None:
+    """verl/utils/flops_counter.py:678 knows no Omni model, so `perf/mfu` would be 0. The operations of the text model
+    are counted. Those of the audio tower are not: it is frozen, and has a tenth of the parameters."""
+    counters = verl.utils.flops_counter
+    for model_type, of_text in (
+        ("qwen2_5_omni", counters._estimate_qwen2_flops),
+        ("qwen3_omni_moe", counters._estimate_qwen2_moe_flops),
+    ):
+
+        def estimate(
+            config: Any, tokens_sum: int, batch_seqlens: Sequence[int], delta_time: float, of_text: Any = of_text
+        ) -> float:
+            return of_text(config.text_config, tokens_sum, batch_seqlens, delta_time)
+
+        counters.ESTIMATE_FUNC.setdefault(model_type, estimate)
+
+
+count_flops()
 train_the_thinker()
 show_the_text_config()
 load_omni_processors()

@@ -9,6 +9,9 @@ each step also logs, as means over its trajectories (padding left out):
     segments/{seconds,overlap}           length of an inserted clip; share of inserted seconds heard before
     tokens/{sampled,observation,cached}  a trajectory
     stop/{answered,length,error}         share of trajectories
+    failed/{share,timeout,audio,prompt,engine}   share of trajectories that failed, and by what
+    groups/{equal,dropped}               share of questions whose rollouts score the same; whose rollouts failed
+    segments/hit                         share of inserted clips that meet an event (intersection over union > 0.5)
     training/rollout_probs_diff_{mean,max}   verl's own: |rollout - actor| probability of the sampled tokens
 
 The trajectory log: STEP.jsonl in trainer.rollout_data_dir, and for each validation in trainer.validation_data_dir; a
@@ -25,7 +28,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,13 +41,17 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
-from ..relisten.segment import Refusal, Segment, overlap_ratio
+from ..relisten.segment import Refusal, Segment, overlap_ratio, union_seconds
 from ..relisten.trajectory import Attempt, StopReason
+from .engine_watch import EngineWatch, end_the_process, note_failure
 from .reward_manager import preset_from_config
 
 _log = logging.getLogger(__name__)
 
 CHECKPOINT = "global_step_"
+MAX_FAILED_SHARE = 0.5
+FLAT_STEPS = 3  # in a row without any difference within a group: nothing is learned, and a warning says so
+HIT_IOU = 0.5
 POLL_SECONDS = 0.2  # verl's 2 s between looks at the rollouts is half of a step of the tiny model
 
 
@@ -80,6 +87,11 @@ class EchoTrainer(PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         """Raises PresetError and ValueError, for what is wrong with the reward or the log, before anything starts."""
         preset_from_config(config)
+        refuse_what_omni_models_cannot_take(config)
+        self.max_failed_share = float((config.get("echo") or {}).get("max_failed_share", MAX_FAILED_SHARE))
+        self.failed_rows: list[dict[str, Any]] = []  # of this step, for its log
+        self.failed_fields: list[dict[str, Any]] = []
+        self.dropped_groups = self.flat_steps = 0
         self.log_settings = LogSettings.from_config(config)
         super().__init__(config)
 
@@ -90,6 +102,20 @@ class EchoTrainer(PPOTrainerSync):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
         return buffer
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """verl's, watched: a rollout server that dies ends the run with its cause."""
+        watch = EngineWatch(self.llm_server_manager.server_handles, self._end_for_a_dead_server)
+        watch.start()
+        try:
+            return super().fit(*args, **kwargs)
+        finally:
+            watch.stop.set()
+
+    def _end_for_a_dead_server(self, place: int, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        note_failure(f"step {self.global_steps}: the vLLM server of replica {place} has died: {reason}")
+        end_the_process()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -104,8 +130,12 @@ class EchoTrainer(PPOTrainerSync):
         prune_checkpoints(Path(self.config.trainer.default_local_dir), keep, torn)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
-        """The first that verl does with a step's rollouts. Raises RuntimeError when none of them can be trained on, or
-        when a term of the reward could not be had for a single one of the first step."""
+        """verl calls this first with a step's rollouts. Those that failed leave their groups here: a score of 0 that no
+        answer earned would lift the advantage of every other rollout of the question.
+
+        Raises RuntimeError where more than `echo.max_failed_share` of the rollouts failed, or where a term of the
+        reward has no value for any rollout of the first step.
+        """
         trajectories = self._extra_fields(batch)
         errors = [trajectory["error"] for trajectory in trajectories]
         if all(error is not None for error in errors):
@@ -119,13 +149,55 @@ class EchoTrainer(PPOTrainerSync):
                 raise RuntimeError(
                     f"no value in any of the first step's {len(errors)} rollouts: reward terms {useless}"
                 )
+        if sum(error is not None for error in errors) > self.max_failed_share * len(errors):
+            causes = Counter(failure_reason(error) for error in errors if error is not None)
+            raise RuntimeError(
+                f"step {self.global_steps}: {causes.total()} of its {len(errors)} rollouts failed ({dict(causes)}), "
+                f"more than echo.max_failed_share={self.max_failed_share:g} (RL_MAX_FAILED). The last one: "
+                f"{[error for error in errors if error is not None][-1]}"
+            )
+        batch = self._without_failures(batch, trajectories)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _without_failures(self, batch: KVBatchMeta, trajectories: Sequence[Mapping[str, Any]]) -> KVBatchMeta:
+        """`batch` without the rollouts that failed, which only the log still gets."""
+        keys = real_keys(batch)
+        failed = [key for key, fields in zip(keys, trajectories, strict=True) if fields["error"] is not None]
+        kept = trainable_keys(keys, set(failed))
+        unwanted = [key for key in keys if key not in set(kept)]
+        self.failed_fields = [dict(fields) for fields in trajectories if fields["error"] is not None]
+        self.failed_rows = self._trajectory_rows(batch.select_keys(failed)) if failed else []
+        self.dropped_groups = len(set(map(group_of, keys)) - set(map(group_of, kept)))
+        if not kept:
+            raise RuntimeError(
+                f"step {self.global_steps}: {len(failed)} of {len(keys)} rollouts failed, no question has two left. "
+                f"The last one: {self.failed_fields[-1]['error']}"
+            )
+        if not unwanted:
+            return batch
+        batch = batch.select_keys([key for key in batch.keys if key not in set(unwanted)])
+        tq.kv_clear(keys=unwanted, partition_id=batch.partition_id or "train")
+        return batch
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
-        metrics.update(relisten_metrics(self._extra_fields(batch)))
+        keys = real_keys(batch)
+        data = fetch(batch, keys, ["extra_fields", "rm_scores", "extra_info"])
+        scores = data["rm_scores"].sum(dim=1).tolist()
+        events = [info.get("events") for info in data["extra_info"]]
+        metrics.update(relisten_metrics([*data["extra_fields"], *self.failed_fields]))
+        metrics.update(group_metrics(keys, scores, self.dropped_groups))
+        metrics.update(hit_metrics(list(data["extra_fields"]), events))
+        self.flat_steps = self.flat_steps + 1 if metrics["groups/equal"] == 1.0 else 0
+        if self.flat_steps == FLAT_STEPS:
+            _log.warning(
+                "== nothing is learned: in %d steps in a row all rollouts of each question had the same reward. Use "
+                "other questions (not always right or wrong), more rollouts (RL_GROUP), a higher RL_TEMPERATURE, "
+                "a longer RL_MAX_RESPONSE, or a reward that tells answers apart (REWARD_PRESET)",
+                FLAT_STEPS,
+            )
 
     def _extra_fields(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
         keys = real_keys(batch)
@@ -133,7 +205,7 @@ class EchoTrainer(PPOTrainerSync):
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict[str, float], rollout_data_dir: str) -> None:
         with marked_timer("dump_rollout_generations", timing_raw, color="green"):
-            self._write_trajectories(rollout_data_dir, self._trajectory_rows(batch))
+            self._write_trajectories(rollout_data_dir, [*self._trajectory_rows(batch), *self.failed_rows])
 
     def _validate(self) -> dict[str, float]:
         """verl's. Its rollouts go into the log as they come, since verl has cleared them when it returns."""
@@ -230,6 +302,9 @@ def relisten_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, flo
     inserted = [[a.segment for a in named if a.inserted and a.segment is not None] for named in attempts]
     refusals = Counter(attempt.refusal for named in attempts for attempt in named if attempt.refusal is not None)
     stops = Counter(trajectory["stop_reason"] for trajectory in trajectories)
+    failures = Counter(
+        failure_reason(trajectory["error"]) for trajectory in trajectories if trajectory["error"] is not None
+    )
     rewards = [trajectory.get("reward_extra_info") or {} for trajectory in trajectories]
     names = sorted({name for reward in rewards for name, value in reward.items() if not isinstance(value, str)})
     return {
@@ -247,7 +322,78 @@ def relisten_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, flo
         "tokens/observation": mean([trajectory["observation_tokens"] for trajectory in trajectories]),
         "tokens/cached": mean([trajectory["num_cached_tokens"] for trajectory in trajectories]),
         **{f"stop/{reason}": stops[reason] / len(trajectories) for reason in StopReason},
+        "failed/share": failures.total() / len(trajectories),
+        **{f"failed/{reason}": failures[reason] / len(trajectories) for reason in FAILURES},
     }
+
+
+FAILURES = ("timeout", "audio", "prompt", "engine")
+
+
+def failure_reason(error: str) -> str:
+    """One of FAILURES, from the error of a trajectory (agent_loop.py writes it)."""
+    kinds = {"the rollout was not done": "timeout", "AudioError": "audio", "PromptTooLongError": "prompt"}
+    return next((reason for start, reason in kinds.items() if error.startswith(start)), "engine")
+
+
+def group_of(key: str) -> str:
+    """The question of a trajectory's key, `{question}_{rollout}_{index}` (verl, replay_buffer.py)."""
+    return key.rsplit("_", 2)[0]
+
+
+def trainable_keys(keys: Sequence[str], failed: Collection[str]) -> list[str]:
+    """The rollouts to train on: those that did not fail, of questions that have at least two of them. The advantage of
+    a lone one would be its score (verl, core_algos.py: the mean of a group of one is 0)."""
+    left = [key for key in keys if key not in failed]
+    sizes = Counter(map(group_of, left))
+    whole = Counter(map(group_of, keys))
+    return [key for key in left if sizes[group_of(key)] > 1 or whole[group_of(key)] == 1]
+
+
+def group_metrics(keys: Sequence[str], scores: Sequence[float], num_dropped: int) -> dict[str, float]:
+    """Where GRPO learns nothing: questions whose rollouts all have one score, and questions that were dropped."""
+    groups: dict[str, set[float]] = {}
+    for key, score in zip(keys, scores, strict=True):
+        groups.setdefault(group_of(key), set()).add(round(score, 6))
+    total = len(groups) + num_dropped
+    equal = sum(len(values) == 1 for values in groups.values())
+    return {"groups/equal": equal / len(groups) if groups else 1.0, "groups/dropped": num_dropped / total}
+
+
+def hit_metrics(
+    trajectories: Sequence[Mapping[str, Any]], events: Sequence[Sequence[Mapping[str, Any]] | None]
+) -> dict[str, float]:
+    """`segments/hit`, where rows have events: the share of inserted clips whose intersection over union with one of
+    their row's events is over HIT_IOU."""
+    hits = [
+        any(iou(attempt.segment, Segment(event["start"], event["end"])) > HIT_IOU for event in labelled)
+        for trajectory, labelled in zip(trajectories, events, strict=True)
+        if labelled is not None and len(labelled)
+        for attempt in attempts_of(trajectory)
+        if attempt.inserted and attempt.segment is not None
+    ]
+    has_events = any(labelled is not None and len(labelled) for labelled in events)
+    return {"segments/hit": sum(hits) / len(hits) if hits else 0.0} if has_events else {}
+
+
+def iou(one: Segment, other: Segment) -> float:
+    """Intersection over union of two spans of time."""
+    union = union_seconds([one, other])
+    return (one.duration_seconds + other.duration_seconds - union) / union if union else 0.0
+
+
+def refuse_what_omni_models_cannot_take(config: Any) -> None:
+    """Raises ValueError. Each of these settings of verl would change or break the model's forward pass in silence."""
+    roles = config.actor_rollout_ref
+    actor = roles.get("actor") or {}
+    if (roles.get("model") or {}).get("use_fused_kernels", False):
+        raise ValueError(
+            "actor_rollout_ref.model.use_fused_kernels=True replaces the forward pass of the model, and with it the "
+            "ban on placeholder tokens: leave it out"
+        )
+    for section in (actor, actor.get("fsdp_config") or {}, roles.get("ref") or {}):
+        if int(section.get("ulysses_sequence_parallel_size", 1) or 1) > 1:
+            raise ValueError("ulysses_sequence_parallel_size > 1: verl has no Ulysses for Omni models; leave it out")
 
 
 def useless_terms(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -8,15 +8,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
 import echo_plugins.for_verl.trainer as trainer
 from echo_plugins.for_verl.trainer import (
     EchoTrainer,
     LogSettings,
     choose,
+    failure_reason,
+    group_metrics,
+    group_of,
+    hit_metrics,
     prune_checkpoints,
+    refuse_what_omni_models_cannot_take,
+    trainable_keys,
     useless_terms,
     write_jsonl,
 )
@@ -83,11 +92,74 @@ def test_a_term_without_a_value_in_any_rollout_of_the_first_step_ends_the_run() 
     ]
     assert useless_terms(broken) == {"a": "KeyError: 'y'"}
     batch: Any = None
-    step: Any = SimpleNamespace(global_steps=1, _extra_fields=lambda _batch: broken)
+    step: Any = SimpleNamespace(global_steps=1, max_failed_share=0.5, _extra_fields=lambda _batch: broken)
     with pytest.raises(RuntimeError, match=r"no value in any of the first step's 3 rollouts.*KeyError: 'y'"):
         EchoTrainer._balance_batch(step, batch, {})
     assert useless_terms([*broken, rollout({"b": "no"})]) == {}
     assert useless_terms([rollout({}, error="bad audio")]) == {}
+
+
+def advantages(scores: dict[str, float]) -> dict[str, float]:
+    """As verl computes them for GRPO, a token a rollout."""
+    rewards, index = torch.tensor(list(scores.values())).unsqueeze(-1), np.array([group_of(key) for key in scores])
+    mask = torch.ones_like(rewards)
+    values, _ = compute_grpo_outcome_advantage(rewards.clone(), mask, index)
+    return dict(zip(scores, values.squeeze(-1).tolist(), strict=True))
+
+
+def test_a_rollout_that_failed_moves_no_other() -> None:
+    scores = {f"q_{n}_0": 1.5 for n in range(7)} | {"q_7_0": 0.0}
+    assert min(value for key, value in advantages(scores).items() if key != "q_7_0") > 0.3, "what verl would do with it"
+    kept = trainable_keys(list(scores), {"q_7_0"})
+    assert list(advantages({key: scores[key] for key in kept}).values()) == pytest.approx([0.0] * 7, abs=1e-5)
+
+
+def test_of_a_question_with_one_rollout_left_nothing_is_trained() -> None:
+    keys = ["a_0_0", "a_1_0", "a_2_0", "b_0_0", "b_1_0", "c_0_0"]
+    assert trainable_keys(keys, {"a_0_0", "a_1_0", "b_0_0"}) == ["c_0_0"], "c never had more than one"
+    assert trainable_keys(keys, set()) == keys and trainable_keys(keys, set(keys)) == []
+
+
+def test_more_failures_than_allowed_end_the_run_with_their_reasons() -> None:
+    errors = ["AudioError: no such file", "the rollout was not done after 5 s", None, None]
+    fields = [{"error": error, "reward_extra_info": {}} for error in errors]
+    step: Any = SimpleNamespace(global_steps=3, max_failed_share=0.4, _extra_fields=lambda _batch: fields)
+    batch: Any = None
+    with pytest.raises(RuntimeError, match=r"2 of its 4 rollouts failed.*'audio': 1.*RL_MAX_FAILED.*after 5 s"):
+        EchoTrainer._balance_batch(step, batch, {})
+    assert failure_reason("PromptTooLongError: 9 tokens") == "prompt" and failure_reason("RayActorError: x") == "engine"
+
+
+def test_the_log_says_where_nothing_can_be_learned() -> None:
+    keys = ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
+    assert group_metrics(keys, [1.0, 1.0, 0.0, 1.0], 0) == {"groups/equal": 0.5, "groups/dropped": 0.0}
+    assert group_metrics(keys, [1.0] * 4, 2) == {"groups/equal": 1.0, "groups/dropped": 0.5}
+
+
+def test_a_hit_is_a_clip_that_meets_an_event() -> None:
+    def clip(start: float, end: float, inserted: bool = True) -> dict[str, Any]:
+        segment = {"start_seconds": start, "end_seconds": end}
+        return {"text": "", "segment": segment, "refusal": None, "inserted": inserted, "straddled": False}
+
+    trajectories = [{"attempts": [clip(0.0, 1.0), clip(3.0, 4.0)]}, {"attempts": [clip(0.5, 1.5, inserted=False)]}]
+    events = [{"label": "bell", "start": 0.1, "end": 1.1}]
+    assert hit_metrics(trajectories, [events, events]) == {"segments/hit": 0.5}
+    assert hit_metrics(trajectories, [None, None]) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"model": {"use_fused_kernels": True}}, "use_fused_kernels"),
+        ({"actor": {"ulysses_sequence_parallel_size": 2}}, "Ulysses"),
+        ({"actor": {"fsdp_config": {"ulysses_sequence_parallel_size": 2}}}, "Ulysses"),
+    ],
+)
+def test_options_that_omni_models_cannot_take_are_refused_by_name(section: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        refuse_what_omni_models_cannot_take(OmegaConf.create({"actor_rollout_ref": section}))
+    harmless = {"model": {"use_fused_kernels": False}, "actor": {"ulysses_sequence_parallel_size": 1}}
+    refuse_what_omni_models_cannot_take(OmegaConf.create({"actor_rollout_ref": harmless}))
 
 
 @pytest.mark.parametrize(

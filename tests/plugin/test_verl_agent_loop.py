@@ -287,7 +287,9 @@ def test_a_step_without_any_rollout_to_train_on_ends_the_run_with_the_reason(
     errors: list[str],
 ) -> None:
     batch: Any = None
-    step: Any = SimpleNamespace(global_steps=3, _extra_fields=lambda _batch: [{"error": error} for error in errors])
+    step: Any = SimpleNamespace(
+        global_steps=3, max_failed_share=0.5, _extra_fields=lambda _batch: [{"error": error} for error in errors]
+    )
     with pytest.raises(RuntimeError, match=r"step 3: each of its \d rollouts failed.*(no such file|none came back)"):
         EchoTrainer._balance_batch(step, batch, {})
 

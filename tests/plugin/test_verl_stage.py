@@ -74,6 +74,36 @@ def test_a_cpu_differs_from_a_gpu_in_numbers_and_devices_only() -> None:
         assert config.actor_rollout_ref.rollout.calculate_log_probs
 
 
+def test_what_people_set_in_grpo_reaches_verl() -> None:
+    plain = configuration(DEVICE="cpu")
+    assert plain.actor_rollout_ref.actor.entropy_from_logits_with_chunking
+    assert plain.algorithm.rollout_correction.rollout_is is None and not plain.algorithm.filter_groups.enable
+    config = configuration(
+        DEVICE="cpu",
+        RL_LOSS="gspo",
+        RL_LOSS_AGG="seq-mean-token-mean",
+        RL_CLIP_LOW="3e-4",
+        RL_CLIP_HIGH="4e-4",
+        RL_NORM_ADV="False",
+        RL_ENTROPY="0.001",
+        RL_GRAD_CLIP="0.5",
+        RL_LR_SCHEDULER="cosine",
+        RL_WEIGHT_DECAY="0.1",
+        RL_TIS="2.0",
+        RL_BYPASS="True",
+        RL_FILTER_GROUPS="True",
+        RL_KL="0",
+        RL_MAX_FAILED="0.25",
+    )
+    actor, correction = config.actor_rollout_ref.actor, config.algorithm.rollout_correction
+    assert (actor.policy_loss.loss_mode, actor.loss_agg_mode) == ("gspo", "seq-mean-token-mean")
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.grad_clip) == (3e-4, 4e-4, 0.5)
+    assert (actor.entropy_coeff, actor.optim.lr_scheduler_type, actor.optim.weight_decay) == (0.001, "cosine", 0.1)
+    assert not actor.use_kl_loss and not config.algorithm.norm_adv_by_std_in_grpo
+    assert (correction.rollout_is, correction.rollout_is_threshold, correction.bypass_mode) == ("token", 2.0, True)
+    assert config.algorithm.filter_groups.enable and config.echo.max_failed_share == 0.25
+
+
 def test_words_at_the_end_and_rl_args_have_the_last_say() -> None:
     config = configuration("trainer.save_freq=7", RL_ARGS="trainer.test_freq=5 data.shuffle=False", RL_SAVE_FREQ="3")
     assert (config.trainer.save_freq, config.trainer.test_freq, config.data.shuffle) == (7, 5, False)
@@ -137,4 +167,9 @@ def test_what_is_missing_is_named() -> None:
 
 def test_help_says_what_to_give() -> None:
     done = stage("--help")
-    assert done.returncode == 0 and "TRAIN_FILE, VAL_FILE" in done.stdout and "set -euo" not in done.stdout
+    assert (
+        done.returncode == 0
+        and "TRAIN_FILE=rl.parquet" in done.stdout
+        and "RL_GROUP=8" in done.stdout
+        and "set -euo" not in done.stdout
+    )
