@@ -277,8 +277,7 @@ def labels(row: Mapping[str, Any], field: str) -> list[str]:
     meta = row.get("meta")
     value = row[field] if field in row else meta.get(field) if isinstance(meta, Mapping) else None
     values = value if isinstance(value, list) else [value]
-    named = [str(value) for value in dict.fromkeys(values) if value not in (None, "")]
-    return named or [NO_LABEL]
+    return list(dict.fromkeys(str(value) for value in values if value not in (None, ""))) or [NO_LABEL]
 
 
 def guess_breakdowns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -338,7 +337,7 @@ def _list_rows(text: str, file: Path) -> Iterator[tuple[int, Any]]:
         number += 1
         try:
             row, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BenchmarkError(f"{file}, row {number}: not JSON ({error})") from error
         yield number, row
         place = _skip_blanks(text, place)
@@ -362,7 +361,7 @@ def _line_rows(lines: Iterable[str], file: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BenchmarkError(f"{file}, line {number}: not JSON ({error})") from error
 
 
@@ -408,7 +407,7 @@ def odd_rows(items: Iterable[Item]) -> Counter[str]:
         found["that list a choice twice"] += len(set(item.choices)) < len(item.choices)
         found["of several audio files, heard one after another"] += len(item.audios) > 1
         found["without an answer: withheld, not scored here"] += item.answer is None
-        found["whose answer is none of the choices: always wrong"] += bool(
+        found["whose answer is none of the choices: always wrong by the strict rule"] += bool(
             item.answer and item.choices and item.answer not in item.choices
         )
     return +found

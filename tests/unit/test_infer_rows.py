@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from echo_plugins.relisten.trajectory import StopReason
+from eval import infer
 from eval.benchmarks import AUDIO_QA, BenchmarkError, Item, load_questions
 from eval.engine import EngineDied, Outcome, Question, Sampling
 from eval.fleet import MAX_DEATHS, Start, Task, answer_all
 from eval.infer import Selection, prediction, question_of, read_ids, shuffled
 from eval.predictions import run_path
+from eval.score import grade_all, load, totals
 
 
 def write_manifest(folder: Path, num_rows: int) -> Path:
@@ -70,6 +73,95 @@ def test_a_forced_answer_is_marked_in_its_row() -> None:
 def test_runs_can_be_added_later() -> None:
     files = [run_path(Path("d/out.jsonl"), 7 + number, number).as_posix() for number in range(3)]
     assert files == ["d/out.jsonl", "d/out.seed8.jsonl", "d/out.seed9.jsonl"]
+
+
+class Answering:
+    """eval.infer as a user calls it, with a scripted engine in the place of vLLM."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int = 10) -> None:
+        self.folder, self.asked = folder, []
+        self.output = folder / "out" / "p.jsonl"
+        self.manifest = write_manifest(folder, num_rows)
+        (folder / "a.wav").write_bytes(b"")
+        self.model = folder / "model"
+        self.model.mkdir()
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"):
+            (self.model / name).write_text(json.dumps({"of": name, "_name_or_path": "/here"}))
+        (self.model / "chat_template.jinja").write_text("{{ messages }}")
+        (self.model / "model.safetensors").write_bytes(bytes(range(256)) * 900)
+
+        @contextlib.asynccontextmanager
+        async def start(_: Any) -> AsyncIterator[Any]:
+            yield self
+
+        monkeypatch.setattr(infer, "running_engine", start)
+
+    async def answer(self, question: Question, sampling: Sampling) -> Outcome:
+        self.asked.append(question.id)
+        if question.id == "r3" and self.asked.count("r3") == 1:
+            return Outcome("", (), StopReason.ERROR, "a hiccup", 0, 0, 0.0)
+        return Outcome(
+            f"<think>x</think><answer>{'wx'[len(question.id) > 2]}</answer>", (), StopReason.ANSWERED, None, 1, 0, 0.1
+        )
+
+    def run(self, *words: str) -> Any:
+        self.asked.clear()
+        options = ["--model", str(self.model), "--output", str(self.output), "--audio-qa", str(self.manifest)]
+        options += ["--audio-root", str(self.folder), "--device", "cpu", "--max-num-seqs", "1"]
+        return CliRunner().invoke(infer.app, [*options, *words])
+
+    def total(self) -> int:
+        return totals(predicted := load(self.output), grade_all(predicted))["total"]
+
+
+def test_another_selection_never_makes_the_denominator_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(tmp_path, monkeypatch)
+    assert answering.run("--ids", "r1,r2").exit_code == 0 and answering.total() == 2
+    assert answering.run("--max-rows", "4").exit_code == 0 and answering.total() == 4
+    assert answering.asked == ["r0", "r3"]
+    assert answering.run().exit_code == 0 and answering.total() == 10
+    for words in (["--ids", "r1"], ["--max-rows", "3"], ["--ids", "r3", "--retry-errors"]):
+        result = answering.run(*words)
+        assert result.exit_code == 0 and "10 rows were asked of it in all" in result.output
+        assert answering.total() == 10
+    assert answering.run("--ids", "r1,r2", "--overwrite").exit_code == 0 and answering.total() == 2
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"),
+        *("chat_template.jinja", "model.safetensors", "additional_chat_templates/tools.jinja", "merges.txt"),
+    ],
+)
+def test_rows_of_a_model_that_was_changed_are_not_mixed_with_the_earlier_ones(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering = Answering(tmp_path, monkeypatch)
+    assert answering.run("--max-rows", "2").exit_code == 0
+    changed = answering.model / file
+    changed.parent.mkdir(exist_ok=True)
+    changed.write_bytes((changed.read_bytes() if changed.exists() else b"") + b" 1")
+    result = answering.run()
+    assert result.exit_code == 1 and "was made by another run (model_fingerprint" in result.output
+    assert answering.asked == []
+
+
+def test_a_run_goes_on_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: model, questions, sound and predictions, as when a disk is mounted elsewhere."""
+    (tmp_path / "old").mkdir()
+    answering = Answering(tmp_path / "old", monkeypatch)
+    assert answering.run("--max-rows", "2").exit_code == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    for name in ("folder", "output", "manifest", "model"):
+        setattr(answering, name, tmp_path / "new" / getattr(answering, name).relative_to(tmp_path / "old"))
+    config = answering.model / "config.json"
+    config.write_text(config.read_text().replace("/here", "/there"))  # where transformers loaded it from
+    (answering.model / "trainer_state.json").write_text("{}")
+    assert answering.total() == 2, "the questions are found beside the predictions"
+    result = answering.run()
+    assert result.exit_code == 0, result.output
+    assert len(answering.asked) == 8 and answering.total() == 10
 
 
 class Fleet:
