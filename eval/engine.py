@@ -182,7 +182,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a question. `seconds` from the start of decoding its audio to its last token."""
+    """What became of a question. `seconds` from the start of decoding its audio to its last token. `bare_answer`: the
+    answer of a hosted model that wrote no answer block."""
 
     response: str
     attempts: tuple[Attempt, ...]
@@ -192,6 +193,7 @@ class Outcome:
     num_inserted_tokens: int
     seconds: float
     forced_answer: bool = False
+    bare_answer: str | None = None
 
 
 def _max_positions(model: str) -> int:
@@ -238,7 +240,7 @@ class Engine:
         """One question through all its turns. Raises EngineDied, and for nothing that the row did."""
         started = time.monotonic()
         try:
-            waveform, name = await asyncio.get_running_loop().run_in_executor(self._decoders, _load, question)
+            waveform, name = await asyncio.get_running_loop().run_in_executor(self._decoders, load_sound, question)
             trajectory = self.trajectory(question, len(waveform), sampling)
         except ValueError as error:  # AudioError, or a prompt that does not fit
             return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
@@ -392,8 +394,8 @@ def prompt_text(processor: Any, question: Question, mode: Mode) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def _load(question: Question) -> tuple[np.ndarray, str]:
-    """The waveform, and the name of its content."""
+def load_sound(question: Question) -> tuple[np.ndarray, str]:
+    """The waveform, and the name of its content. Raises AudioError."""
     waveform = audio.load(audio.resolve_path(question.audio_root, question.audio))
     gap = np.zeros(round(GAP_SECONDS * audio.SAMPLING_RATE), waveform.dtype)
     for path in question.more_audio:

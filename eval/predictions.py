@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 from echo_plugins.relisten.segment import Segment, find_tags
 from echo_plugins.relisten.trajectory import Attempt
 
+from .benchmarks import own_benchmark
+
 FSYNC_SECONDS = 5.0  # what a crash of the machine, not of the program, may lose
 
 
@@ -48,6 +50,8 @@ def read_sidecar(file: Path) -> dict[str, Any] | None:
         raise PredictionsError(f"{path}: not JSON ({error})") from error
     if not isinstance(sidecar, dict) or not isinstance(sidecar.get("identity"), dict):
         raise PredictionsError(f"{path}: not what eval.infer writes; without it the rows are scored as they are")
+    if "definition" in sidecar:
+        own_benchmark(sidecar["definition"])
     return sidecar
 
 

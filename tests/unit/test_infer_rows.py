@@ -1,7 +1,9 @@
 """Which rows are asked, in which order of choices; and engines side by side, with engines that die (made up here)."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import itertools
 import json
 import random
@@ -10,7 +12,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
+from misbehaving_server import Answer, Failure, Request, misbehaving_server, refusal
 from typer.testing import CliRunner
 
 from echo_plugins.relisten.trajectory import StopReason
@@ -19,7 +24,7 @@ from eval.benchmarks import AUDIO_QA, BenchmarkError, Item, load_questions
 from eval.engine import EngineDied, Outcome, Question, Sampling
 from eval.fleet import MAX_DEATHS, Start, Task, answer_all
 from eval.infer import Selection, prediction, question_of, read_ids, shuffled
-from eval.predictions import run_path
+from eval.predictions import read_rows, run_path
 from eval.score import grade_all, load, totals
 
 
@@ -162,6 +167,106 @@ def test_a_run_goes_on_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest
     result = answering.run()
     assert result.exit_code == 0, result.output
     assert len(answering.asked) == 8 and answering.total() == 10
+
+
+def write_sound(file: Path, seconds: float = 1.0) -> None:
+    soundfile.write(file, np.linspace(-0.5, 0.5, round(seconds * 16_000)), 16_000, subtype="PCM_16")
+
+
+class Hosted:
+    """eval.infer against a real HTTP server that answers as a script says."""
+
+    def __init__(self, folder: Path, url: str, num_rows: int = 6) -> None:
+        self.manifest, self.output, self.url = write_manifest(folder, num_rows), folder / "p.jsonl", url
+        self.folder = folder
+        write_sound(folder / "a.wav")
+
+    def run(self, *words: str) -> Any:
+        options = ["--api-url", self.url, "--api-model", "m", "--output", str(self.output)]
+        options += ["--audio-qa", str(self.manifest), "--audio-root", str(self.folder), "--api-concurrency", "2"]
+        return CliRunner().invoke(infer.app, [*options, *words])
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return {row["id"]: row for _, row in read_rows(self.output)}
+
+
+def says(content: str, **message: Any) -> Answer:
+    return Answer(content, message=message)
+
+
+def test_a_hosted_model_answers_into_the_same_files(tmp_path: Path) -> None:
+    contents = iter(["<think>a</think><answer>w</answer>", "w", "<think>so</think>\n(A) w", "x", ""])
+
+    def script(request: Request) -> Any:
+        if request.number == 3:
+            return refusal("no")
+        return says(next(contents, ""), reasoning_content="hm" if request.number == 2 else None)
+
+    with misbehaving_server(script) as server:
+        hosted = Hosted(tmp_path, server.url)
+        result = hosted.run("--api-concurrency", "1", "--api-arg", "max_tokens=null", "--api-arg", "top_k=1")
+        assert result.exit_code == 0, result.output
+        [first, *_] = server.requests
+    [message] = first.body["messages"]
+    clip, text = message["content"]
+    assert first.body["top_k"] == 1 and "max_tokens" not in first.body and first.body["temperature"] == 0.7
+    assert text["text"].startswith("?\n(A) w\n(B) x") and "<seg>" not in text["text"]
+    content = base64.b64decode(clip["input_audio"]["data"])
+    heard, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    assert clip["input_audio"]["format"] == "wav" and rate == 16_000 and len(heard) == 16_000
+    rows = hosted.rows()
+    assert [rows[f"r{n}"]["answer_prediction"] for n in range(6)] == ["w", "w", "", "(A) w", "x", ""]
+    assert rows["r1"]["thinking_prediction"] == "hm" and rows["r3"]["thinking_prediction"] == "so"
+    assert [rows[f"r{n}"]["stop_reason"] for n in (0, 2, 5)] == ["answered", "answered", "length"]
+    assert "refused" in rows["r2"]["error"] and rows["r0"]["num_tokens"] == 5
+    summary = totals(predicted := load(hosted.output), grade_all(predicted))
+    assert (summary["total"], summary["unanswered"], summary["strict_accuracy"]) == (6, 2, 0.5)
+    sidecar = json.loads((tmp_path / "p.run.json").read_text())
+    assert sidecar["identity"]["api"]["model"] == "m" and sidecar["identity"]["sampling"]["mode"] == "plain"
+
+
+def test_a_hosted_model_that_was_stopped_is_paid_for_once(tmp_path: Path) -> None:
+    with misbehaving_server(lambda request: says("w") if request.number < 4 else Failure(401)) as server:
+        hosted = Hosted(tmp_path, server.url)
+        result = hosted.run("--api-concurrency", "1")
+        assert result.exit_code == 1 and "401" in result.output and len(hosted.rows()) == 3
+    with misbehaving_server(lambda request: says("w")) as server:
+        hosted.url = server.url
+        assert "was made by another run (api.url" in hosted.run().output
+        sidecar = tmp_path / "p.run.json"
+        first = json.loads(sidecar.read_text())["identity"]["api"]["url"]
+        sidecar.write_text(sidecar.read_text().replace(first, server.url))
+        kept = hosted.output.read_bytes().splitlines(keepends=True)
+        hosted.output.write_bytes(b"".join(kept[:2]))  # killed between the journal and the row
+        assert hosted.run().exit_code == 0
+        assert len(server.requests) == 3 and len(hosted.rows()) == 6
+        assert hosted.run("--overwrite").exit_code == 0 and len(server.requests) == 9
+
+
+def test_a_row_that_a_hosted_model_cannot_be_asked_is_one_row(tmp_path: Path) -> None:
+    with misbehaving_server(lambda request: says("w")) as server:
+        hosted = Hosted(tmp_path, server.url)
+        lines = hosted.manifest.read_text().splitlines()
+        lines[1] = lines[1].replace('"?"', '"lone \\ud800"')
+        lines[2] = lines[2].replace("a.wav", "none.wav")
+        hosted.manifest.write_text("\n".join(lines) + "\n")
+        result = hosted.run()
+        assert result.exit_code == 0, result.output
+    errors = {row_id: row["error"] for row_id, row in hosted.rows().items() if row["stop_reason"] == "error"}
+    assert errors.keys() == {"r1", "r2"} and "surrogates not allowed" in errors["r1"] and "no such file" in errors["r2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "interleaved"], "an API cannot listen again"),
+        (["--model", "x"], "give --model, or --api-url and --api-model"),
+        (["--api-arg", "top_k"], "is not KEY=JSON"),
+    ],
+)
+def test_wrong_usage_of_an_api_is_said(tmp_path: Path, words: list[str], message: str) -> None:
+    result = Hosted(tmp_path, "http://127.0.0.1:1/v1").run(*words)
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("\u2502", " ").split())
 
 
 class Fleet:
