@@ -383,7 +383,7 @@ def convert(
     `target` appears whole or not at all, and not when no row was good: then exit status 1. The side file is always
     written, empty when nothing was rejected. Usage and file errors end the command with one line, status 2 and 1.
     """
-    side = rejected or target.with_name(f"{target.name}.rejected.jsonl")
+    side = rejected or side_file(target)
     refuse_same_file(source, target, side)
     tally = Tally(source, target, side)
     try:
@@ -405,6 +405,11 @@ def convert(
     return tally
 
 
+def side_file(target: Path) -> Path:
+    """Where rejected rows go unless `--rejected` says otherwise."""
+    return target.with_name(f"{target.name}.rejected.jsonl")
+
+
 def refuse_same_file(*paths: Path) -> None:
     """Raises typer.BadParameter (exit status 2)."""
     if len({path.resolve() for path in paths}) < len(paths):
@@ -414,7 +419,7 @@ def refuse_same_file(*paths: Path) -> None:
 def report(tally: Tally) -> None:
     """What came in, what went out, why the rest did not; exit status 1 when nothing went out."""
     for text in tally.lines():
-        typer.echo(text, err=True)
+        typer.echo(f"== {text}", err=True)  # a recipe shows such lines: see script/watch.py
     if not tally.written:
         typer.echo(f"error: no row of {tally.source} could be used, so {tally.target} was not written", err=True)
         raise typer.Exit(1)

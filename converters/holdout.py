@@ -33,7 +33,11 @@ def main(
     counts = Counter(recording_of_line(line) for line in source.open("rb"))
     chosen = held_recordings(counts, rows)
     if len(chosen) == len(counts):
-        typer.echo(f"{source}: holding {rows} rows would leave none; it has {len(counts)} recordings", err=True)
+        typer.echo(
+            f"error: {source}: holding {rows} of its {counts.total()} rows would leave none, since a recording "
+            f"({len(counts)} in all) is held whole. Choose fewer --rows (a recipe's EVAL_HOLDOUT or RL_HOLDOUT).",
+            err=True,
+        )
         raise typer.Exit(1)
     with StagedFile(held) as held_file, StagedFile(rest) as rest_file:
         with held_file.path.open("wb") as held_out, rest_file.path.open("wb") as rest_out:
@@ -42,7 +46,10 @@ def main(
         held_file.commit()
         rest_file.commit()
     num_held = sum(counts[audio] for audio in chosen)
-    typer.echo(f"{held}: {num_held} rows of {len(chosen)} recordings; {rest}: {counts.total() - num_held} rows")
+    typer.echo(
+        f"== {source}: {counts.total()} rows of {len(counts)} recordings: {num_held} rows of {len(chosen)} recordings "
+        f"are held out in {held}, {counts.total() - num_held} rows are left in {rest}"
+    )
 
 
 def recording_of_line(line: bytes) -> str | None:

@@ -7,6 +7,10 @@ grounded: tags are text. interleaved: `<audio>` after each tag that the rollout 
 
 A mix, such as `--mode interleaved=50,grounded=30,plain=20`, draws each row's mode by its id: a model that was trained
 on one mode alone has no answer in the others.
+
+A row without `think` gets one from its `events`, unless `--no-from-events` is given. Where no row at all has `think`
+or events, `--without-think` decides: refuse (an error), answers (rows that answer with an empty `think`), or skip (no
+OUT is written, since RL needs no SFT).
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,15 +28,28 @@ import orjson
 import typer
 
 from converters import conversion, shards
-from converters.audio_qa import AudioQA, Reason, RowError, tags_of
+from converters.audio_qa import AudioQA, Reason, RowError, read_rows, tags_of
 from converters.conversion import AudioFile, AudioRoot, Checked, Job, JsonLines, from_manifest
+from converters.events_to_think import think_of_events
 from echo_plugins.audio import format_fragment
 from echo_plugins.relisten.prompt import AUDIO_TAG, MODES, Mode, user_message
 from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, resolve
 
 _WEIGHT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
+HOW_TO_REASON = (
+    "converters.synthesis makes reasoning: eaqa for labelled audio, cogito for questions about audio without labels"
+)
+
 app = conversion.new_command()
+
+
+class WithoutThink(StrEnum):
+    """What to do with a set in which no row has a chain of thought, nor events to build one from."""
+
+    REFUSE = "refuse"
+    ANSWERS = "answers"
+    SKIP = "skip"
 
 
 @app.command()
@@ -47,6 +66,16 @@ def main(
         ),
     ] = "grounded",
     seed: Annotated[int, typer.Option(help="Of a mix: another seed gives the rows other modes.")] = 0,
+    from_events: Annotated[
+        bool, typer.Option("--from-events/--no-from-events", help="Build a missing 'think' from the row's 'events'.")
+    ] = True,
+    without_think: Annotated[
+        WithoutThink,
+        typer.Option(
+            help="Where no row has 'think' or events: refuse ends with an error, answers writes rows that answer with "
+            "an empty 'think' (mode plain), skip writes no OUT and removes an old one."
+        ),
+    ] = WithoutThink.REFUSE,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
     shard_rows: shards.ShardRowsOption = None,
@@ -58,10 +87,81 @@ def main(
     """
 
     mix = parse_mix(mode)
+    found = Found.in_manifest(source, from_events)
+    answers_only = False
+    if found.rows and not found.with_think and not found.with_events:
+        answers_only = _without_think(found, source, target, rejected, without_think)
+    elif found.with_events:
+        typer.echo(
+            f"{source}: {found.with_think} of {found.rows} rows have `think`; {found.with_events} more get it built "
+            "from their `events` (--no-from-events leaves them out)",
+            err=True,
+        )
     audio = AudioRoot(audio_root, trust_durations)
-    job = Job(audio, from_manifest, partial(_sft_line, mix=mix, seed=seed), JsonLines())
-    settings = {"format": "sft_jsonl", "mode": mode, "seed": seed} | audio.settings
-    shards.export(source, target, rejected, job, workers, shard_rows, settings)
+    render = partial(_sft_line, mix=mix, seed=seed, from_events=from_events, answers_only=answers_only)
+    job = Job(audio, from_manifest, render, JsonLines())
+    settings = {"format": "sft_jsonl", "mode": mode, "seed": seed, "from_events": from_events}
+    settings |= {"answers_only": answers_only} | audio.settings
+    tally = shards.export(source, target, rejected, job, workers, shard_rows, settings)
+    left_out = tally.rejected[Reason.NO_THINK]
+    if left_out:
+        typer.echo(
+            f"{left_out} rows have no `think` and are left out of SFT; RL can use them. {HOW_TO_REASON}", err=True
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the rows of a manifest have to reason with."""
+
+    rows: int = 0
+    with_think: int = 0
+    with_events: int = 0  # no `think`, but events that one can be built from
+
+    @classmethod
+    def in_manifest(cls, source: Path, from_events: bool) -> Found:
+        """Count without looking at the audio. A row without `think` counts only if it can be used. A pipe can be read
+        only once, so nothing is found in it."""
+        if not source.is_file():
+            return cls()
+        rows = with_think = with_events = 0
+        for _, row in read_rows(source, lambda num_bytes: None):
+            if isinstance(row, dict) and row.get("think") is not None:  # judged later: a look must be cheap
+                rows, with_think = rows + 1, with_think + 1
+                continue
+            try:
+                record = AudioQA.from_json(row)
+            except RowError:
+                continue
+            rows += 1
+            with_events += from_events and think_of_events(record) is not None
+        return cls(rows, with_think, with_events)
+
+
+def _without_think(found: Found, source: Path, target: Path, side: Path | None, choice: WithoutThink) -> bool:
+    """Carry out `--without-think` and say so. True: write answers only. Otherwise raises typer.Exit."""
+    none_has = f"none of the {found.rows} rows has `think`, which SFT needs"
+    if choice is WithoutThink.REFUSE:
+        typer.echo(
+            f"error: {source}: {none_has}, or `events` to build it from. --without-think answers trains on the answers "
+            f"alone; --without-think skip leaves SFT out, and RL starts from the base model; {HOW_TO_REASON}.",
+            err=True,
+        )
+        raise typer.Exit(1)
+    if choice is WithoutThink.ANSWERS:
+        typer.echo(
+            f"{source}: {none_has}: all {found.rows} become rows of mode plain that answer with an empty <think>, so "
+            f"the model learns to answer without reasoning. {HOW_TO_REASON}.",
+            err=True,
+        )
+        return True
+    shards.remove(source, target, side)
+    typer.echo(
+        f"{source}: {none_has}: no SFT rows are written to {target}, and RL starts from the base model. "
+        f"{HOW_TO_REASON}.",
+        err=True,
+    )
+    raise typer.Exit(0)
 
 
 def parse_mix(text: str) -> dict[Mode, float]:
@@ -92,9 +192,18 @@ def mode_of(row_id: str, parts: Mapping[Mode, float], seed: int) -> Mode:
     return list(parts)[-1]  # the shares add up to a little under 1
 
 
-def _sft_line(checked: Checked[AudioQA], index: int, mix: Mapping[Mode, float], seed: int) -> bytes:
-    mode = mode_of(checked.record.id, mix, seed)
-    return orjson.dumps(sft_row(checked, mode), option=orjson.OPT_APPEND_NEWLINE)
+def _sft_line(
+    checked: Checked[AudioQA], index: int, mix: Mapping[Mode, float], seed: int, from_events: bool, answers_only: bool
+) -> bytes:
+    record = checked.record
+    if answers_only:
+        row = _row(checked, "plain", "", [])
+    else:
+        if record.think is None and from_events:
+            think = think_of_events(record, checked.audio.duration_seconds)
+            checked = replace(checked, record=replace(record, think=think))
+        row = sft_row(checked, mode_of(record.id, mix, seed))
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def sft_row(checked: Checked[AudioQA], mode: Mode) -> dict[str, Any]:
@@ -102,18 +211,21 @@ def sft_row(checked: Checked[AudioQA], mode: Mode) -> dict[str, Any]:
     record, audio = checked.record, checked.audio
     if record.think is None:
         raise RowError(Reason.NO_THINK, "SFT needs 'think'; rows without one are for RL (converters.rl_parquet)")
-    audios = [audio.path]
-    think = record.think
+    think, fragments = record.think, []
     if mode == "interleaved":
         think, fragments = interleave(think, audio)
-        audios += fragments
     elif mode == "plain":
         think = without_tags(think)
         if not think:
             raise RowError(Reason.EMPTY_TEXT, "nothing is left of 'think' without its tags")
+    return _row(checked, mode, think, fragments)
+
+
+def _row(checked: Checked[AudioQA], mode: Mode, think: str, fragments: list[str]) -> dict[str, Any]:
+    record = checked.record
     response = f"<think>{think}</think><answer>{record.answer}</answer>"
     messages = [user_message(record.question, record.choices, mode), {"role": "assistant", "content": response}]
-    return {"messages": messages, "audios": audios}
+    return {"messages": messages, "audios": [checked.audio.path, *fragments]}
 
 
 def interleave(think: str, audio: AudioFile, max_segments: int = MAX_SEGMENTS) -> tuple[str, list[str]]:

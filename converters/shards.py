@@ -25,9 +25,20 @@ import typer
 
 from converters.atomic import StagedFile
 from converters.audio_qa import Raw, Reason, parse_row, read_raw
-from converters.conversion import Conversion, Job, Tally, conversion_of, convert, progress, refuse_same_file, report
+from converters.conversion import (
+    Conversion,
+    Job,
+    Tally,
+    conversion_of,
+    convert,
+    progress,
+    refuse_same_file,
+    report,
+    side_file,
+)
 
 MANIFEST = "manifest.json"
+_RESUME = ".resume"
 
 ShardRowsOption = Annotated[
     int | None,
@@ -86,10 +97,27 @@ def export(
     return tally
 
 
+def remove(source: Path, target: Path, rejected: Path | None) -> None:
+    """Remove what an earlier `export` wrote to these places: a file or the shards of a folder, and the side file."""
+    side = rejected or (target / "rejected.jsonl" if target.is_dir() else side_file(target))
+    refuse_same_file(source, target, side)
+    side.unlink(missing_ok=True)
+    if not target.is_dir():
+        target.unlink(missing_ok=True)
+        return
+    (target / MANIFEST).unlink(missing_ok=True)  # first: a folder with a manifest is finished
+    for part in target.glob("part-*"):
+        part.unlink()
+    if (target / _RESUME).exists():
+        shutil.rmtree(target / _RESUME)
+    if not any(target.iterdir()):
+        target.rmdir()
+
+
 class _Folder:
     def __init__(self, folder: Path, conversion: Conversion, tally: Tally, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._resume = folder / ".resume"
+        self._resume = folder / _RESUME
         self._conversion = conversion
         self._tally = tally
         self._settings = orjson.loads(orjson.dumps(settings))

@@ -146,9 +146,9 @@ async def answer_all(
                 # Where no engine has ever run, the next one would fail as this one did.
                 if not can_restart or not some_has_run or num_in_vain >= MAX_DEATHS:
                     if len(starts) > 1:
-                        say(f"engine {number} is given up: {error}")
+                        say(f"== engine {number} is given up: {error}")
                     return error
-                say(f"engine {number}: {error}. Its {len(held)} rows are asked again, and another engine is started")
+                say(f"== engine {number}: {error}. Its {len(held)} rows are asked again, and another engine is started")
         return None
 
     given_up = await _all(place(number, start) for number, start in enumerate(starts))

@@ -230,7 +230,7 @@ def main(
                 predictions = Predictions(run.file, description, overwrite=overwrite, unwanted=unwanted)
                 files.append(stack.enter_context(predictions))
                 if (asked := predictions.run["num_rows"]) > num_rows:
-                    _say(f"{run.file}: {asked} rows were asked of it in all, and its scores count all of them")
+                    _say(f"== {run.file}: {asked} rows were asked of it in all, and its scores count all of them")
             left = sum(item.id not in file.done for item in selection for file in files)
             _say(f"{questions.name}, {mode}: {num_rows * runs} rows, of which {num_rows * runs - left} are done")
             if left:
@@ -242,10 +242,11 @@ def main(
     except (ValueError, EngineDied, ChatError, OSError) as error:
         _say(f"error: {error}")
         raise typer.Exit(1) from None
-    failed = f", {errors} of which could not be answered and count as wrong" if errors else ""
+    if errors:
+        _say(f"== {output}: {errors} of {num_rows * runs} rows could not be answered and count as wrong")
     scorer = "eval.score" if runs == 1 else "eval.runs"
     paths = " ".join(str(run.file) for run in planned)
-    _say(f"{output}: {num_rows * runs} rows{failed}. Scores: python -m {scorer} {paths}")
+    _say(f"{output}: {num_rows * runs} rows. Scores: python -m {scorer} {paths}")
 
 
 @dataclass(frozen=True)
@@ -374,9 +375,9 @@ def _report_missing_audio(items: Iterable[Item], root: Path) -> int:
     if num_missing == num_rows:
         raise BenchmarkError(f"none of the {num_rows} audio files is there. The first: {first[0]}")
     if num_missing:
-        _say(f"{num_missing} of {num_rows} audio files cannot be used; their rows will count as wrong. The first:")
+        _say(f"== {num_missing} of {num_rows} audio files cannot be used; their rows will count as wrong. The first:")
         for problem in first:
-            _say(f"  {problem}")
+            _say(f"==   {problem}")
     return num_rows
 
 
@@ -476,7 +477,7 @@ async def _answer_all(
             nonlocal reported
             files[task.run].append(prediction(task.item, outcome))
             if outcome.error is not None and (reported := reported + 1) <= MAX_REPORTED_ERRORS:
-                _say(f"row {task.item.id}: {outcome.error}")
+                _say(f"== row {task.item.id}: {outcome.error}")
             bar()()
 
         starts = [counted(start) for start in backend.starts]

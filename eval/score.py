@@ -439,12 +439,12 @@ def main(
         raise typer.Exit(1) from None
     show(summary, predictions)
     for row_id, problem in problems[:SHOWN]:
-        _errors.print(f"row {row_id!r} cannot be used: {problem}", markup=False)
+        _errors.print(f"== row {row_id!r} cannot be used: {problem}", markup=False)
     if len(problems) > SHOWN:
-        _errors.print(f"... and {len(problems) - SHOWN} more rows cannot be used", markup=False)
+        _errors.print(f"== ... and {len(problems) - SHOWN} more rows cannot be used", markup=False)
     if predicted.num_unknown:
         _errors.print(
-            f"{predicted.num_unknown} rows are missing, and the file of questions that "
+            f"== {predicted.num_unknown} rows are missing, and the file of questions that "
             f"{sidecar_path(predictions).name} names is not there unchanged: they are wrong in the total and under "
             f"{UNKNOWN_LABEL}, and there is no mean over groups",
             markup=False,

@@ -1,8 +1,10 @@
 """Says whether this machine and its environment can run Echo: versions against the pins, and what a deviation breaks.
 
-    .venv/bin/python script/doctor.py [--json]
+    .venv/bin/python script/doctor.py [--json] [--recipe NAME]
 
-Exit 0 when every pin of setup.cfg is met and the plug-ins can be imported, 1 when not.
+With --recipe it also runs `bash recipes/NAME/run.sh check`: what the stages of that recipe need, and what is wrong with
+its settings, rows and places on this machine (script/preflight.py). Exit 0 when every pin of setup.cfg is met and the
+plug-ins can be imported, 1 when not, 2 when only the recipe's check refuses.
 """
 
 import argparse
@@ -20,11 +22,15 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "script"))
+
+from preflight import Machine, read_machine, torch_cuda  # noqa: E402
+from preflight import installed as installed_version  # noqa: E402
+
 STAMP = ROOT / ".venv" / "echo-setup"  # script/setup.sh writes `cpu ...` or `gpu ...` into it
 PIN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(\[[\w,]+\])?==(?P<version>\S+)(\s*#\s*(?P<reason>.*))?$")
 LOCKED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+)", re.MULTILINE)
-MEMORY_BYTES = 14 * 2**30  # what recipes/tiny-cpu needs at its peak
-DISK_BYTES = 5 * 2**30
+SHM_BYTES = 10**10  # below it Ray may put its object store on the disk, see preflight.shared_memory
 FORMATS = {"WAV": "wav", "FLAC": "flac", "MP3": "mp3", "OGG": "ogg"}  # libsndfile's name -> the usual ending
 
 
@@ -63,13 +69,6 @@ def same_version(installed: str | None, pinned: str) -> bool:
     return installed is not None and installed.partition("+")[0] == pinned
 
 
-def installed_version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def pins(setup_cfg: str, kind: str) -> dict[str, tuple[str, str]]:
     """name -> (version, reason) of the base, of every extra but the other kind's, from the text of setup.cfg."""
     config = configparser.ConfigParser()
@@ -106,22 +105,24 @@ def gibibytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.0f} GiB"
 
 
-def memory() -> Check:
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    total, free = int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
-    return Check(
-        "memory", f"{gibibytes(total)}, {gibibytes(free)} of it free", State.OK if free > MEMORY_BYTES else State.LOW
-    )
+def machine_checks(machine: Machine) -> list[Check]:
+    names = [name for name, _ in machine.gpus]
+    checks = [
+        Check("memory", f"{gibibytes(machine.memory)}, {gibibytes(machine.memory_free)} of it free"),
+        Check("/dev/shm", f"{gibibytes(machine.shm)} free", State.OK if machine.shm > SHM_BYTES else State.LOW),
+        Check("disk", f"{gibibytes(machine.disk_free)} free"),
+        Check("GPUs", f"{len(names)} x {names[0]}, {gibibytes(machine.gpus[0][1])} each" if names else "none"),
+    ]
+    if machine.driver:
+        built_for, runs = torch_cuda(), machine.cuda
+        old = bool(runs and built_for and runs[0] < built_for[0])
+        value = f"{machine.driver}, runs CUDA {version(runs)}; torch is built for CUDA {version(built_for)}"
+        checks.append(Check("driver", value, State.OFF if old else State.OK))
+    return checks
 
 
-def gpus() -> Check:
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")
-    except (OSError, subprocess.SubprocessError):
-        return Check("GPUs", "none")
-    names = [line for line in listed if line]
-    return Check("GPUs", f"{len(names)} x {names[0]}" if names else "none")
+def version(cuda: tuple[int, int] | None) -> str:
+    return f"{cuda[0]}.{cuda[1]}" if cuda else "unknown"
 
 
 def audio_formats() -> Check:
@@ -155,15 +156,12 @@ def entry_point() -> Check:
     return Check(name, "missing: this project is not installed into this environment", State.OFF)
 
 
-def checks() -> list[Check]:
-    disk = shutil.disk_usage(ROOT)
+def checks(machine: Machine) -> list[Check]:
     python_ok = (3, 11) <= sys.version_info[:2] < (3, 13)
     return [
         Check("Python", f"{sys.version.split()[0]} in {sys.prefix}", State.OK if python_ok else State.OFF),
         Check("cores", str(len(os.sched_getaffinity(0)))),
-        memory(),
-        Check("disk", f"{gibibytes(disk.free)} free", State.OK if disk.free > DISK_BYTES else State.LOW),
-        gpus(),
+        *machine_checks(machine),
         audio_formats(),
         Check("ffmpeg", shutil.which("ffmpeg") or "none (only needed to convert m4a and video files yourself)"),
         entry_point(),
@@ -196,9 +194,15 @@ def show(kind: str, found: list[Package], deviations: list[str], machine: list[C
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument("--recipe", help="a folder of recipes/, whose check is run too")
     arguments = parser.parse_args()
-    kind = STAMP.read_text().split()[0] if STAMP.exists() else "gpu" if gpus().value != "none" else "cpu"
-    found, deviations, machine = packages(kind), other_deviations(kind), checks()
+    recipe = ROOT / "recipes" / arguments.recipe / "run.sh" if arguments.recipe else None
+    if recipe and not recipe.is_file():
+        names = sorted(path.parent.name for path in ROOT.glob("recipes/*/run.sh"))
+        parser.error(f"no recipe '{arguments.recipe}'; they are {', '.join(names)}")
+    here = read_machine(ROOT)
+    kind = STAMP.read_text().split()[0] if STAMP.exists() else "gpu" if here.gpus else "cpu"
+    found, deviations, machine = packages(kind), other_deviations(kind), checks(here)
     off = [package.name for package in found if not package.as_pinned]
     off += [check.name for check in machine if check.state is State.OFF]
     if arguments.json:
@@ -218,7 +222,10 @@ def main() -> int:
             f"doctor: off: {', '.join(off)}. 'FORCE=1 bash script/setup.sh {kind}' sets the packages right.",
             file=sys.stderr,
         )
-    return 1 if off else 0
+    sys.stdout.flush()
+    environment = {"PYTHON": sys.executable, **os.environ}
+    refused = subprocess.run(["bash", str(recipe), "check"], env=environment, check=False).returncode if recipe else 0
+    return 1 if off else refused
 
 
 if __name__ == "__main__":

@@ -5,21 +5,16 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
-  cat <<'USAGE'
+  cat <<USAGE
 usage: MODEL=DIR AUDIO_QA=rows.jsonl AUDIO_ROOT=DIR OUTPUT_DIR=DIR bash script/inference.sh [WORDS]
        MODEL=DIR BENCHMARK=mmar BENCHMARK_ROOT=DIR OUTPUT_DIR=DIR bash script/inference.sh [WORDS]
 
 Writes OUTPUT_DIR/MODE.jsonl (predictions), MODE.json (scores) and MODE.verdicts.jsonl (a line a row) for each mode.
-WORDS go on to `python -m eval.infer` (--ids, --shuffle-choices, --dry-run ...); what they say comes last and wins.
+WORDS go on to \`python -m eval.infer\` (--ids, --shuffle-choices, --dry-run ...); what they say comes last and wins.
 
-  EVAL_MODES="interleaved grounded plain"   listen again, tags as text only, no tags
-  EVAL_TEMPERATURE=0.7   EVAL_TOP_P=1.0     EVAL_MAX_TOKENS=2048 (inserted audio counted)   EVAL_MAX_ROWS= (all)
-  EVAL_FORCE_ANSWER_TOKENS=0                more: an answer is forced where the budget runs out before one
-  EVAL_RUNS=1            more: MODE.seedN.jsonl for each further seed, and MODE.runs.json with pass@k and majority
-  MAX_SEGMENTS=8         MIN_SEGMENT_SECONDS=0.2
-  DEVICE=auto            auto, cpu or cuda; on GPUs one engine for each EVAL_TP=1 of the visible ones, or of those of
-                         the Ray cluster that RAY_ADDRESS names
-  SEED=42
+Settings, as variables of the environment (DEVICE may be auto too, which is the default here):
+
+$(explain_settings infer)
 USAGE
 }
 
@@ -30,9 +25,8 @@ esac
 
 require "${MODEL:?is not set: the merged model}/config.json" "Make it with script/merge.sh."
 : "${OUTPUT_DIR:?is not set: the folder for predictions and scores}"
-: "${EVAL_MODES:=interleaved grounded plain}" "${EVAL_TEMPERATURE:=0.7}" "${EVAL_TOP_P:=1.0}" "${EVAL_MAX_TOKENS:=2048}"
-: "${EVAL_RUNS:=1}" "${EVAL_FORCE_ANSWER_TOKENS:=0}" "${EVAL_MAX_ROWS:=}" "${EVAL_TP:=1}"
-: "${MAX_SEGMENTS:=8}" "${MIN_SEGMENT_SECONDS:=0.2}" "${DEVICE:=auto}" "${SEED:=42}"
+[[ -v DEVICE ]] || DEVICE=auto
+defaults infer
 if [[ -n "${BENCHMARK:-}" && -z "${AUDIO_QA:-}" ]]; then
   require "${BENCHMARK_ROOT:?is not set: the folder of $BENCHMARK in its official layout}" "Download $BENCHMARK first."
   SOURCE=(--benchmark "$BENCHMARK" --benchmark-root "$BENCHMARK_ROOT")

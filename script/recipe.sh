@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The chain, shared by every recipe: recipes/NAME/run.sh sources this file and calls `main "$@"`. A recipe may define
-# make_audio_qa, which makes the AudioQA manifests (and a model) first and points the variables below at them.
+# make_audio_qa and make_base_model, and point the lower-case places below at what they make.
+# The user's variables, in capitals, are read and never assigned.
 set -euo pipefail
 
 # shellcheck source=common.sh
@@ -11,10 +12,12 @@ RECIPE="$(basename "$(dirname "$(realpath "$0")")")"
 RECIPE_DIR="$ROOT/recipes/$RECIPE"
 : "${RUN_DIR:=$ROOT/runs/$RECIPE}"
 RUN_DIR="$(realpath -m "$RUN_DIR")"
+export RUN_DIR
 set -a
 # shellcheck source=/dev/null
 source "$RECIPE_DIR/recipe.env"
 set +a
+defaults all
 
 DATA_DIR="$RUN_DIR/data"
 SFT_DIR="$RUN_DIR/sft"
@@ -22,102 +25,131 @@ RL_DIR="$RUN_DIR/rl"
 MERGED_DIR="$RUN_DIR/merged"
 EVAL_DIR="$RUN_DIR/eval"
 WORDS=()
+WORDS_TEXT=''
+RECIPE_SETTINGS=()  # learned settings of the recipe's data stage that script/settings.md does not have
+
+# Where things are. One manifest for everything is split: EVAL_HOLDOUT rows for the scores, the rest for training.
+base_model="${BASE_MODEL:-}"
+audio_root="${AUDIO_ROOT:-}"
+if [[ -n "${AUDIO_QA:-}" ]]; then
+  sft_audio_qa="$DATA_DIR/train.jsonl" rl_audio_qa="$DATA_DIR/train.jsonl"
+  val_audio_qa="$DATA_DIR/test.jsonl" eval_audio_qa="$DATA_DIR/test.jsonl"
+else
+  rl_audio_qa="${RL_AUDIO_QA:-${SFT_AUDIO_QA:-}}" sft_audio_qa="${SFT_AUDIO_QA:-${RL_AUDIO_QA:-}}"
+  val_audio_qa="${VAL_AUDIO_QA:-}" eval_audio_qa="${EVAL_AUDIO_QA:-}"
+fi
 
 usage() {
-  cat <<EOF
+  cat <<USAGE
 usage: bash recipes/$RECIPE/run.sh [STAGE ...] [-- WORDS]
 
 $(sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$RECIPE_DIR/run.sh")
 
-Runs the whole chain, or the named stages of it: ${STAGES[*]}.
+Runs the whole chain, or the named stages of it: ${STAGES[*]}. 'check' only looks for what is wrong.
 A finished stage is skipped; a stopped one goes on when the same command is given again.
 WORDS go on to the framework of the one stage that is named.
 
-  DRY_RUN=1      print every command, run none
-  FORCE=1        run finished stages again; their earlier output is kept beside the new one
-  CONTINUE=1     after a change of settings, go on from the checkpoints instead of starting afresh
   RUN_DIR=DIR    where everything is written (now $RUN_DIR)
+  AUDIO_QA=FILE AUDIO_ROOT=DIR   your own rows (AudioQA, JSON lines) and the folder of their audio
+  DRY_RUN=1      print every command and what it needs, run none
+  VERBOSE=1      show all that the frameworks print; otherwise it is in RUN_DIR/logs/STAGE.log alone
+  CONTINUE=1     after a change of what is learned: go on from the checkpoints with the new settings
+  FORCE=1        begin the stages anew, once; what is there is kept beside as DIR.old-1
+  PREFLIGHT=warn go on although the check before the first stage refuses
 
-Every variable of recipes/$RECIPE/recipe.env can be given from the environment.
-EOF
+Every setting can be given from the environment. recipes/$RECIPE/recipe.env has the recipe's, script/settings.md all,
+with what a change of each does to a run that has begun.
+USAGE
 }
 
 make_audio_qa() { :; }
+make_base_model() { :; }
 
 prepare_data() {
+  local rl_rows="$rl_audio_qa" val_rows="$val_audio_qa"
   [[ "$DRY_RUN" == 1 ]] || mkdir -p "$DATA_DIR"
   make_audio_qa
-  : "${RL_AUDIO_QA:?is not set: the AudioQA manifest for RL (see recipes/$RECIPE/recipe.env)}"
-  : "${AUDIO_ROOT:?is not set: the folder that the audio paths in the manifests start from}"
-  : "${SFT_AUDIO_QA:=$RL_AUDIO_QA}"
-  require "$RL_AUDIO_QA" "RL_AUDIO_QA is the AudioQA manifest for RL: recipes/$RECIPE/recipe.env says where to get it."
-  require "$SFT_AUDIO_QA" "SFT_AUDIO_QA is the AudioQA manifest for SFT: see recipes/$RECIPE/recipe.env."
-  if [[ -z "${VAL_AUDIO_QA:-}" ]]; then
-    VAL_AUDIO_QA="$DATA_DIR/val.jsonl"
-    run "$PYTHON" -m converters.holdout "$RL_AUDIO_QA" --rows "$RL_HOLDOUT" --held "$VAL_AUDIO_QA" \
-      --rest "$DATA_DIR/rl.jsonl"
-    RL_AUDIO_QA="$DATA_DIR/rl.jsonl"
+  if [[ -n "${AUDIO_QA:-}" ]]; then
+    run "$PYTHON" -m converters.holdout "$AUDIO_QA" --rows "$EVAL_HOLDOUT" --held "$eval_audio_qa" \
+      --rest "$sft_audio_qa"
   fi
-  run "$PYTHON" -m converters.sft_jsonl "$SFT_AUDIO_QA" "$DATA_DIR/sft-rows.jsonl" --audio-root "$AUDIO_ROOT" \
-    --mode "$SFT_MODE" --seed "$SEED"
-  run "$PYTHON" -m converters.rl_parquet "$RL_AUDIO_QA" "$DATA_DIR/rl.parquet" --audio-root "$AUDIO_ROOT" \
-    --model "$BASE_MODEL"
-  run "$PYTHON" -m converters.rl_parquet "$VAL_AUDIO_QA" "$DATA_DIR/val.parquet" --audio-root "$AUDIO_ROOT" \
-    --model "$BASE_MODEL"
+  require "$rl_audio_qa" "RL_AUDIO_QA is the AudioQA manifest for RL: recipes/$RECIPE/recipe.env says where to get it."
+  require "$sft_audio_qa" "SFT_AUDIO_QA is the AudioQA manifest for SFT: see recipes/$RECIPE/recipe.env."
+  make_base_model
+  if [[ -z "$val_rows" ]]; then
+    rl_rows="$DATA_DIR/rl.jsonl" val_rows="$DATA_DIR/val.jsonl"
+    run "$PYTHON" -m converters.holdout "$rl_audio_qa" --rows "$RL_HOLDOUT" --held "$val_rows" --rest "$rl_rows"
+  fi
+  run "$PYTHON" -m converters.sft_jsonl "$sft_audio_qa" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
+    --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
+  run "$PYTHON" -m converters.rl_parquet "$rl_rows" "$DATA_DIR/rl.parquet" --audio-root "$audio_root" \
+    --model "$base_model" --mode "$RL_MODE"
+  run "$PYTHON" -m converters.rl_parquet "$val_rows" "$DATA_DIR/val.parquet" --audio-root "$audio_root" \
+    --model "$base_model" --mode "$RL_MODE"
 }
 
 stage_data() {
-  local inputs=() file
-  for file in "${AUDIO_QA:-}" "${SFT_AUDIO_QA:-}" "${RL_AUDIO_QA:-}" "${VAL_AUDIO_QA:-}" "$RECIPE_DIR"/*.py; do
-    if [[ -f "$file" && "$file" != "$DATA_DIR"/* ]]; then inputs+=(--input "$file"); fi
+  local options=() name names=(SFT_AUDIO_QA RL_AUDIO_QA VAL_AUDIO_QA)
+  [[ -z "${AUDIO_QA:-}" ]] || names=(AUDIO_QA)
+  for name in "${names[@]}"; do
+    [[ -z "${!name:-}" ]] || options+=(--input "$name=${!name}")
   done
-  stage data --output "$DATA_DIR" "${inputs[@]}" --setting SFT_MODE --setting '*_HOLDOUT' --setting 'DATA_*' \
-    --setting 'TINY_*' --setting SEED --setting AUDIO_ROOT -- prepare_data
+  for name in "${RECIPE_SETTINGS[@]}"; do options+=(--learned "$name"); done
+  for name in "$rl_audio_qa" "$val_audio_qa"; do
+    [[ -z "$name" ]] || options+=(--questions "$name")
+  done
+  AUDIO_ROOT="$audio_root" stage data --output "$DATA_DIR" "${options[@]}" --place AUDIO_ROOT -- prepare_data
 }
 
+# The data stage writes no SFT rows where none has reasoning and SFT_WITHOUT_THINK=skip.
+has_sft() { [[ "$DRY_RUN" == 1 || -e "$DATA_DIR/sft-rows.jsonl" || ! -e "$DATA_DIR/rl.parquet" ]]; }
+rl_base() { if has_sft; then echo "$SFT_DIR/last"; else echo "$base_model"; fi; }
+
 stage_sft() {
-  stage sft --output "$SFT_DIR" --input "$DATA_DIR/sft-rows.jsonl" --input "$BASE_MODEL" --setting 'SFT_*' \
-    --setting NUM_GPUS --setting DEVICE --setting SEED --setting WORDS_TEXT -- \
-    env MODEL="$BASE_MODEL" TRAIN_FILE="$DATA_DIR/sft-rows.jsonl" OUTPUT_DIR="$SFT_DIR" \
+  has_sft || { note "sft: left out, the rows have no reasoning. RL starts from $base_model"; return; }
+  stage sft --output "$SFT_DIR" --after data --model "the base model=$base_model" --learned WORDS_TEXT -- \
+    env MODEL="$base_model" TRAIN_FILE="$DATA_DIR/sft-rows.jsonl" OUTPUT_DIR="$SFT_DIR" \
     bash "$ROOT/script/stage1_ground_reason.sh" "${WORDS[@]}"
 }
 
 stage_rl() {
-  local preset=() file
+  local options=(--after data) file
+  if has_sft; then options+=(--after sft); else options+=(--model "the base model=$base_model"); fi
   if [[ "$REWARD_PRESET" == *.y*ml ]]; then
-    # A preset of your own: it and the terms beside it are inputs, so that a change of them is a change of the run.
+    # A preset of the user's: it and the terms beside it are inputs, so that a change of them is a change of the run.
     for file in "$REWARD_PRESET" "$(dirname "$REWARD_PRESET")"/*.py; do
-      if [[ -f "$file" ]]; then preset+=(--input "$file"); fi
+      if [[ -f "$file" ]]; then options+=(--input "the reward's $(basename "$file")=$file"); fi
     done
   fi
-  stage rl --output "$RL_DIR" --input "$DATA_DIR/rl.parquet" --input "$DATA_DIR/val.parquet" --input "$SFT_DIR/last/" \
-    "${preset[@]}" --setting 'RL_*' --setting REWARD_PRESET --setting '*_SEGMENT*' --setting NUM_GPUS --setting DEVICE \
-    --setting SEED --setting WORDS_TEXT -- \
-    env MODEL="$SFT_DIR/last" TRAIN_FILE="$DATA_DIR/rl.parquet" VAL_FILE="$DATA_DIR/val.parquet" OUTPUT_DIR="$RL_DIR" \
+  stage rl --output "$RL_DIR" "${options[@]}" --learned WORDS_TEXT -- \
+    env MODEL="$(rl_base)" TRAIN_FILE="$DATA_DIR/rl.parquet" VAL_FILE="$DATA_DIR/val.parquet" OUTPUT_DIR="$RL_DIR" \
     bash "$ROOT/script/stage2_multiturn_rl.sh" "${WORDS[@]}"
 }
 
 stage_merge() {
-  stage merge --output "$MERGED_DIR" --input "$RL_DIR/latest_checkpointed_iteration.txt" --setting WORDS_TEXT -- \
-    env CHECKPOINT="$RL_DIR" BASE_MODEL="$SFT_DIR/last" OUTPUT_DIR="$MERGED_DIR" \
+  stage merge --output "$MERGED_DIR" --after rl --learned WORDS_TEXT -- \
+    env CHECKPOINT="$RL_DIR" BASE_MODEL="$(rl_base)" OUTPUT_DIR="$MERGED_DIR" \
     bash "$ROOT/script/merge.sh" -- "${WORDS[@]}"
 }
 
 stage_infer() {
-  local inputs=(--input "$MERGED_DIR")
-  if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then inputs+=(--input "$EVAL_AUDIO_QA"); fi
-  stage infer --output "$EVAL_DIR" "${inputs[@]}" --setting 'EVAL_*' --setting BENCHMARKS --setting BENCHMARK_ROOT \
-    --setting '*_SEGMENT*' --setting SEED --setting WORDS_TEXT -- infer
+  local options=()
+  if [[ "$eval_audio_qa" == "$DATA_DIR"/* ]]; then
+    options+=(--after data)
+  elif [[ -n "$eval_audio_qa" ]]; then
+    options+=(--input "EVAL_AUDIO_QA=$eval_audio_qa")
+  fi
+  stage infer --output "$EVAL_DIR" --after merge "${options[@]}" --learned WORDS_TEXT -- infer
 }
 
 infer() {
   local name
-  if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then
-    name="$(basename "$EVAL_AUDIO_QA" .jsonl)"
-    env MODEL="$MERGED_DIR" AUDIO_QA="$EVAL_AUDIO_QA" AUDIO_ROOT="$AUDIO_ROOT" OUTPUT_DIR="$EVAL_DIR/$name" \
+  if [[ -n "$eval_audio_qa" ]]; then
+    name="$(basename "$eval_audio_qa" .jsonl)"
+    env MODEL="$MERGED_DIR" AUDIO_QA="$eval_audio_qa" AUDIO_ROOT="$audio_root" OUTPUT_DIR="$EVAL_DIR/$name" \
       bash "$ROOT/script/inference.sh" "${WORDS[@]}"
   fi
-  for name in ${BENCHMARKS:-}; do
+  for name in $BENCHMARKS; do
     : "${BENCHMARK_ROOT:?is not set: the folder that holds a folder for each of $BENCHMARKS}"
     env -u AUDIO_QA MODEL="$MERGED_DIR" BENCHMARK="$name" BENCHMARK_ROOT="$BENCHMARK_ROOT/$name" \
       OUTPUT_DIR="$EVAL_DIR/$name" bash "$ROOT/script/inference.sh" "${WORDS[@]}"
@@ -127,20 +159,40 @@ infer() {
 # inference.sh has scored each file already; here they are scored anew, as after a change of the scorer, into text files.
 stage_score() {
   local name mode names=() rows command
-  if [[ -n "${EVAL_AUDIO_QA:-}" ]]; then names+=("$(basename "$EVAL_AUDIO_QA" .jsonl)"); fi
+  if [[ -n "$eval_audio_qa" ]]; then names+=("$(basename "$eval_audio_qa" .jsonl)"); fi
   # shellcheck disable=SC2206  # names are separated by blanks
-  names+=(${BENCHMARKS:-})
+  names+=($BENCHMARKS)
   if [[ "$DRY_RUN" == 1 ]]; then printf '\n# stage score\n'; fi
   for name in "${names[@]}"; do
     for mode in $EVAL_MODES; do
       rows="$EVAL_DIR/$name/$mode"
       require "$rows.jsonl" "Run the stage infer first."
       command=("$PYTHON" -m eval.score "$rows.jsonl" --json "$rows.json" --rows "$rows.verdicts.jsonl")
-      if [[ "$DRY_RUN" == 1 ]]; then run "${command[@]}"; else run "${command[@]}" > "$rows.txt"; fi
+      if [[ "$DRY_RUN" == 1 ]]; then run "${command[@]}"; else "${command[@]}" > "$rows.txt"; fi
     done
   done
-  run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
-  run "$PYTHON" -m eval.report "$RUN_DIR" --output "$RUN_DIR/report.html"
+  command=("$PYTHON" -m eval.report "$RUN_DIR" --output "$RUN_DIR/report.html")
+  if [[ "$DRY_RUN" == 1 ]]; then
+    run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
+    run "${command[@]}"
+  else
+    "${command[@]}" >&2
+    "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
+  fi
+}
+
+# What is wrong is said before it costs. Takes the stages that are to run.
+preflight() {
+  local quiet=() status=0
+  [[ -x "$PYTHON" ]] || { [[ "$DRY_RUN" == 1 ]] && return; die "no Python at $PYTHON. Run 'bash script/setup.sh cpu' (or gpu) first, or set PYTHON."; }
+  [[ "$DRY_RUN" == 1 || "$*" == check ]] || quiet=(--quiet)
+  [[ "$*" != check ]] || set -- "${STAGES[@]}"
+  env AUDIO_ROOT="$audio_root" WORDS_TEXT="$WORDS_TEXT" PREFLIGHT_MODEL="$base_model" \
+    PREFLIGHT_SFT_AUDIO_QA="$sft_audio_qa" PREFLIGHT_RL_AUDIO_QA="$rl_audio_qa" \
+    PREFLIGHT_VAL_AUDIO_QA="$val_audio_qa" PREFLIGHT_EVAL_AUDIO_QA="$eval_audio_qa" \
+    "$PYTHON" "$ROOT/script/preflight.py" --recipe "$RECIPE" "${quiet[@]}" "$@" || status=$?
+  # A dry run shows all of it, what would be refused too.
+  [[ "$DRY_RUN" == 1 ]] || ((status == 0)) || exit "$status"
 }
 
 main() {
@@ -148,16 +200,23 @@ main() {
   while (($#)); do
     case "$1" in
       -h | --help) usage; exit 0 ;;
-      --) shift; WORDS=("$@"); export WORDS_TEXT="$*"; break ;;
+      --) shift; WORDS=("$@"); WORDS_TEXT="$*"; break ;;
       *)
-        [[ " ${STAGES[*]} " == *" $1 "* ]] || { usage >&2; die "no stage '$1'; the stages are ${STAGES[*]}" 2; }
+        [[ " ${STAGES[*]} check " == *" $1 "* ]] || { usage >&2; die "no stage '$1'; the stages are ${STAGES[*]}" 2; }
         chosen+=("$1")
         shift ;;
     esac
   done
+  export WORDS_TEXT
   ((${#WORDS[@]} == 0 || ${#chosen[@]} == 1)) || die "words after -- go to one stage: run.sh STAGE -- ${WORDS[*]}" 2
   ((${#chosen[@]})) || chosen=("${STAGES[@]}")
+  preflight "${chosen[@]}"
+  if [[ "$FORCE" == 1 && "$DRY_RUN" != 1 && ! -e "$RUN_DIR/manifests/force" ]]; then
+    mkdir -p "$RUN_DIR/manifests"
+    printf '%s\n' "${chosen[*]}" > "$RUN_DIR/manifests/force"
+  fi
   for name in "${STAGES[@]}"; do
     [[ " ${chosen[*]} " != *" $name "* ]] || "stage_$name"
   done
+  [[ "$DRY_RUN" == 1 ]] || rm -f "$RUN_DIR/manifests/force"
 }

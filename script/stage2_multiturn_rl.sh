@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # Stage 2: GRPO on verl with vLLM rollouts that re-listen. A stopped run goes on from its last checkpoint.
-#
-#   MODEL=runs/x/sft/last TRAIN_FILE=rl.parquet VAL_FILE=val.parquet OUTPUT_DIR=runs/x/rl \
-#     bash script/stage2_multiturn_rl.sh [OVERRIDE ...]
-#
-# MODEL         model directory to start from; also the reference of the KL term
-# TRAIN_FILE, VAL_FILE   Parquet files of converters.rl_parquet
-# OUTPUT_DIR    checkpoints (global_step_N), metrics.jsonl, train.log, trajectories/STEP.jsonl and validation/STEP.jsonl
-# REWARD_PRESET a preset of echo_plugins/rewards/presets, or a .yaml file
-# TRACKERS      verl's trackers beside console and file: tensorboard, wandb (offline unless WANDB_MODE says otherwise), ...
-# DEVICE        cuda or cpu; NUM_GPUS and NUM_NODES say how many (on a CPU, RL_WORKERS processes). With RAY_ADDRESS set
-#               the run joins that cluster; otherwise it starts a Ray of its own and takes it along when it ends.
-# Every other variable is a number below. OVERRIDE words and those in RL_ARGS are Hydra overrides of verl and come last.
 set -euo pipefail
-# shellcheck source=script/common.sh
+# shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+usage() {
+  cat <<USAGE
+usage: MODEL=DIR TRAIN_FILE=rl.parquet VAL_FILE=val.parquet OUTPUT_DIR=DIR bash script/stage2_multiturn_rl.sh [OVERRIDE ...]
+
+MODEL is the model to start from, and the reference of the KL term. The files are those of \`python -m converters.rl_parquet\`.
+OUTPUT_DIR gets checkpoints (global_step_N), metrics.jsonl, trajectories/STEP.jsonl and validation/STEP.jsonl.
+OVERRIDE words are Hydra overrides of verl; they come last, after RL_ARGS, and win. With RAY_ADDRESS set the run joins that
+cluster; otherwise it starts a Ray cluster and ends it too. Settings, as variables of the environment:
+
+$(explain_settings rl)
+USAGE
+}
+
 case "${1:-}" in
-  -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  -h | --help) usage; exit 0 ;;
   --) shift ;;
 esac
 
@@ -25,32 +26,10 @@ esac
 : "${TRAIN_FILE:?is a Parquet file of converters.rl_parquet}"
 : "${VAL_FILE:?is a Parquet file of converters.rl_parquet}"
 : "${OUTPUT_DIR:?is where checkpoints and logs go}"
-: "${DEVICE:=cuda}" "${NUM_GPUS:=8}" "${NUM_NODES:=1}" "${SEED:=0}"
 OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
-
-# Optimisation. The defaults are the paper's (recipes/echo-7b/recipe.env gives the sources).
-: "${RL_LR:=1e-6}" "${RL_BATCH_SIZE:=64}" "${RL_MINI_BATCH:=32}" "${RL_GROUP:=8}" "${RL_KL:=0.04}" "${RL_EPOCHS:=1}"
-: "${RL_STEPS:=}"                # stop after so many steps; empty: RL_EPOCHS decide
-: "${RL_WARMUP_STEPS:=0}"
-# Rollout.
-: "${RL_TEMPERATURE:=1.0}" "${RL_VAL_TEMPERATURE:=0}" "${RL_MAX_PROMPT:=2048}" "${RL_MAX_RESPONSE:=2048}"
-: "${RL_TP:=1}"                  # GPUs a vLLM replica
-: "${RL_TIMEOUT:=1800}"          # seconds until a rollout counts as failed
-: "${MAX_SEGMENTS:=8}" "${MIN_SEGMENT_SECONDS:=0.2}" "${STRADDLE:=cut}" "${RL_MODE:=interleaved}"
-: "${REWARD_PRESET:=paper}"
-# Memory and speed.
-: "${RL_ATTENTION:=sdpa}"        # flash_attention_2 where that package is installed
-: "${RL_TOKENS_PER_GPU:=$((2 * (RL_MAX_PROMPT + RL_MAX_RESPONSE)))}"  # a micro-batch
-: "${RL_GPU_MEMORY:=0.6}"        # vLLM's share
-: "${RL_OFFLOAD:=False}"         # parameters and optimiser to host memory between uses
-: "${RL_AGENT_WORKERS:=8}" "${RL_REWARD_WORKERS:=8}"
-# Checkpoints and logs. What is only looked at is not called RL_*: to change it starts no finished stage again.
-: "${RL_SAVE_FREQ:=50}" "${RL_TEST_FREQ:=50}" "${RL_KEEP_CHECKPOINTS:=2}"
-: "${TRACKERS:=}"                # separated by commas or blanks
-: "${TRAJECTORY_ROWS:=0}"        # trajectories of a step that are logged, 0 for all; of the same questions each time
-: "${TRAJECTORY_MEGABYTES:=64}"  # no file of them grows beyond
-: "${TRAJECTORY_IDS:=False}"     # True: with their token ids
-: "${RL_ARGS:=}"
+defaults rl
+[[ "$DEVICE" == cpu || "$DEVICE" == cuda ]] || die "DEVICE is '$DEVICE'; it is cpu or cuda" 2
+: "${RL_TOKENS_PER_GPU:=$((2 * (RL_MAX_PROMPT + RL_MAX_RESPONSE)))}"
 
 require "$MODEL" "Run script/stage1_ground_reason.sh first, or point MODEL at a model directory."
 require "$TRAIN_FILE" "Make it with python -m converters.rl_parquet."
@@ -133,7 +112,7 @@ trainer=(
   trainer.total_epochs="${RL_STEPS:-$RL_EPOCHS}" trainer.total_training_steps="${RL_STEPS:-null}"
   trainer.save_freq="$RL_SAVE_FREQ" trainer.test_freq="$RL_TEST_FREQ"
   trainer.val_before_train="$([[ "$RL_TEST_FREQ" -gt 0 ]] && echo True || echo False)"
-  trainer.max_actor_ckpt_to_keep="$RL_KEEP_CHECKPOINTS" trainer.resume_mode=auto
+  trainer.max_actor_ckpt_to_keep="$( ((RL_KEEP_CHECKPOINTS > 0)) && echo "$RL_KEEP_CHECKPOINTS" || echo null)" trainer.resume_mode=auto
   trainer.default_local_dir="$(hydra_string "$OUTPUT_DIR")" "trainer.logger=[$LOGGERS]"
   trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"
   trainer.validation_data_dir="$(hydra_string "$OUTPUT_DIR/validation")"
@@ -152,7 +131,6 @@ done
 if [[ "$DEVICE" == cpu ]]; then
   # fp32 and no sleeping engine: what a GPU saves memory with needs a GPU. The rest of the block says "CPU" to each of
   # verl, vLLM and Ray; Ray's CPUs and GPUs are slots for processes here.
-  : "${RL_WORKERS:=1}"
   environment+=(
     VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
     VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND=nobind
@@ -209,18 +187,34 @@ fi
 # A preset that is not right is known in a second, and not only when the models are loaded.
 env PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m echo_plugins.rewards.explain --preset "$REWARD_PRESET" >&2 ||
   die "REWARD_PRESET=$REWARD_PRESET cannot be used."
-mkdir -p "$OUTPUT_DIR"
-exec 9> "$OUTPUT_DIR/.lock"
-flock --wait 60 9 || die "another run still writes $OUTPUT_DIR: wait for it, or end it (fuser $OUTPUT_DIR/.lock names it)."
+lock "$OUTPUT_DIR"
 if [[ -n "${RAY_DIR:-}" ]]; then
   rm -rf -- "$RAY_DIR"
   trap 'rm -rf -- "$RAY_DIR"' EXIT
 fi
 # verl empties the file when it starts: what an earlier try logged is kept beside it as metrics.TIME.jsonl.
 if [[ -e "$OUTPUT_DIR/metrics.jsonl" ]]; then mv "$OUTPUT_DIR/metrics.jsonl" "$OUTPUT_DIR/metrics.$(date +%s).jsonl"; fi
-note "$OUTPUT_DIR/train.log has all of the output, $OUTPUT_DIR/metrics.jsonl the numbers"
+# The step of the last whole checkpoint, 0 without one. verl names it in a file when all ranks have saved; where a kill
+# left that file empty, the newest checkpoint is whole.
+trained_steps() {
+  local named newest
+  named="$(cat "$OUTPUT_DIR/latest_checkpointed_iteration.txt" 2> /dev/null || echo 0)"
+  if [[ ! "$named" =~ ^[0-9]+$ ]]; then
+    newest="$(find "$OUTPUT_DIR" -maxdepth 1 -name 'global_step_*' | sort -V | tail -1)"
+    named="${newest##*_}"
+    printf '%s' "${named:=0}" > "$OUTPUT_DIR/latest_checkpointed_iteration.txt"
+  fi
+  printf '%s\n' "$named"
+}
+
+BEFORE="$(trained_steps)"
+no_step_left() {
+  die "no step is left: $BEFORE are trained. Give more (RL_STEPS, RL_EPOCHS), or FORCE=1 to begin anew." 2
+}
+[[ "${CONTINUED:-}" != continued || -z "$RL_STEPS" || "$BEFORE" -lt "$RL_STEPS" ]] || no_step_left
 # In braces, so that bash has read to the end when a run of hours begins: this file may change meanwhile.
 {
-  run "${command[@]}" 2>&1 | tee -a "$OUTPUT_DIR/train.log"
+  run "${command[@]}" 2>&1
+  [[ "${CONTINUED:-}" != continued || "$(trained_steps)" -gt "$BEFORE" ]] || no_step_left
   exit
 }

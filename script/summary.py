@@ -51,15 +51,21 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sft_log(sft_dir: Path) -> str:
-    """Steps and loss, from ms-swift's log. A resumed run logs on in the same file."""
-    losses = {}
+    """Steps and loss, from ms-swift's log. A resumed run logs on in the same file. Only every SFT_LOG_STEPS'th step has
+    a line with its loss; the closing line has the number of the last step."""
+    losses, last = {}, 0
     for path in sorted(sft_dir.glob("logging.jsonl")):
         for line in json_lines(path):
-            if "loss" in line:
-                losses[int(str(line["global_step/max_steps"]).partition("/")[0])] = line["loss"]
+            if "global_step/max_steps" in line:
+                step = int(str(line["global_step/max_steps"]).partition("/")[0])
+                last = max(last, step)
+                if "loss" in line:
+                    losses[step] = line["loss"]
     if not losses:
         return ""
-    return f"{max(losses)} steps, loss {losses[min(losses)]:.2f} -> {losses[max(losses)]:.2f}"
+    first, latest = min(losses), max(losses)
+    loss = f"{losses[first]:.2f} -> {losses[latest]:.2f}" if first < latest else f"{losses[first]:.2f} at step {first}"
+    return f"{last} steps, loss {loss}"
 
 
 def rl_metrics(rl_dir: Path) -> dict[int, dict[str, float]]:
@@ -88,12 +94,15 @@ def stage_summaries(run_dir: Path) -> list[StageSummary]:
     found = []
     for path in run_dir.glob("manifests/*.json"):
         manifest = json.loads(path.read_text())
-        stage, output = manifest["stage"], Path(manifest["output"])
-        what = {"sft": sft_log, "rl": rl_log}.get(stage, lambda _: "")(output)
+        stage = manifest["stage"]
+        what = {"sft": sft_log, "rl": rl_log}.get(stage, lambda _: "")(run_dir / manifest["output"])
         if not manifest["finished"]:
             what = "not finished"
         found.append(
-            (manifest["started"], StageSummary(stage, manifest["seconds"], manifest["starts"], what, str(output)))
+            (
+                manifest["started"],
+                StageSummary(stage, manifest["seconds"], manifest["starts"], what, manifest["output"]),
+            )
         )
     return [summary for _, summary in sorted(found, key=lambda pair: pair[0])]
 
@@ -132,7 +141,7 @@ def show(run_dir: Path, stages: list[StageSummary], results: list[Scores]) -> No
     table = Table("stage", "time", "what", "in", title="What was run", title_justify="left", box=None)
     for stage in stages:
         time = duration(stage.seconds) + (f", the last of {stage.starts} starts" if stage.starts > 1 else "")
-        table.add_row(stage.stage, time, stage.what, str(Path(stage.where).relative_to(run_dir)))
+        table.add_row(stage.stage, time, stage.what, stage.where)
     console.print(table, "")
     table = Table(title="Scores in %, with 95% intervals", title_justify="left", box=None)
     for heading in ("data", "mode", "rows", "official", "strict", "chance", "no answer", "clips a row"):

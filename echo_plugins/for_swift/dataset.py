@@ -141,12 +141,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-    print(f"{num_fit} rows fit into {args.max_length} tokens, {num_overlong} do not", file=sys.stderr)
-    if num_overlong:
-        print(f"left out and named in {args.overlong}; SFT_MAX_LENGTH sets the limit", file=sys.stderr)
+    where = f"over {args.max_length} tokens (SFT_MAX_LENGTH); {args.overlong} names them"
     if not num_fit:
-        print(f"{parser.prog}: error: no row is left to train on", file=sys.stderr)
-    return 0 if num_fit else 1
+        print(f"{parser.prog}: error: none of {num_overlong} rows can be trained on: all are {where}", file=sys.stderr)
+        return 1
+    if num_overlong:
+        print(f"== {num_overlong} of {num_fit + num_overlong} rows are left out: {where}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

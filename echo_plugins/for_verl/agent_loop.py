@@ -84,7 +84,7 @@ class RelistenAgentLoop(AgentLoopBase):
             trajectory.fail(f"{type(error).__name__}: {error}")
         failed = trajectory.stop_reason is StopReason.ERROR
         if failed:
-            _log.warning("rollout of row %s failed: %s", row.get("index"), trajectory.error)
+            _log.warning("== rollout of row %s failed: %s", row.get("index"), trajectory.error)
             prompt_ids = expand_placeholders(prompt, self.ids.audio, [0] * prompt.count(self.ids.audio))
             prompt_ids = prompt_ids[-self.rollout_config.prompt_length :]
         return AgentLoopOutput(

@@ -48,9 +48,14 @@ class RelistenDataset(RLHFDataset):
             lambda row: self._num_prompt_tokens(row) <= self.max_prompt_length,
             desc="Leaving out prompts that are too long",
         )
+        if not len(kept):
+            raise ValueError(
+                f"none of the {len(dataframe)} prompts of {list(self.data_files)} is within "
+                f"data.max_prompt_length={self.max_prompt_length} (RL_MAX_PROMPT)"
+            )
         if len(kept) < len(dataframe):
             _log.warning(
-                "%d of %d rows are left out: their prompts are over data.max_prompt_length=%d",
+                "== %d of %d rows are left out: their prompts are over data.max_prompt_length=%d",
                 len(dataframe) - len(kept),
                 len(dataframe),
                 self.max_prompt_length,

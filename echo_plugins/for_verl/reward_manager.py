@@ -60,7 +60,7 @@ class EchoRewardManager(RewardManagerBase):
         try:
             record = record_of(row["tool_extra_fields"], extra_info, row["reward_model"]["ground_truth"])
         except ValueError as error:
-            _log.error("row %s scored 0: %s", extra_info.get("id"), error)
+            _log.error("== row %s scored 0: %s", extra_info.get("id"), error)
             record = Record(text="", ground_truth="", stop_reason=StopReason.ERROR)
         scored = self.preset.score(record)
         return {

@@ -23,6 +23,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -43,6 +44,7 @@ from .reward_manager import preset_from_config
 
 _log = logging.getLogger(__name__)
 
+CHECKPOINT = "global_step_"
 POLL_SECONDS = 0.2  # verl's 2 s between looks at the rollouts is half of a step of the tiny model
 
 
@@ -88,6 +90,18 @@ class EchoTrainer(PPOTrainerSync):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
         return buffer
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._prune_checkpoints(torn=True)
+
+    def _save_checkpoint(self) -> None:
+        super()._save_checkpoint()
+        self._prune_checkpoints()
+
+    def _prune_checkpoints(self, torn: bool = False) -> None:
+        keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
+        prune_checkpoints(Path(self.config.trainer.default_local_dir), keep, torn)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
         """The first that verl does with a step's rollouts. Raises RuntimeError when none of them can be trained on, or
@@ -167,7 +181,31 @@ class EchoTrainer(PPOTrainerSync):
         path = Path(folder) / f"{self.global_steps}.jsonl"
         left_out = write_jsonl(path, choose(rows, self.log_settings.rows), int(self.log_settings.megabytes * 1e6))
         if left_out:
-            _log.warning("%s: %d trajectories are left out (echo_log.megabytes)", path, left_out)
+            _log.warning("== %s: %d trajectories are left out (echo_log.megabytes)", path, left_out)
+
+
+def prune_checkpoints(folder: Path, keep: int | None, torn: bool = False) -> list[int]:
+    """Delete the checkpoints in `folder` that are older than the newest `keep`, and return their steps.
+
+    verl knows only those that it has written since it started (checkpoint_manager.py: previous_saved_paths), so each
+    start would leave some for ever. `torn`: also delete what is newer than the last whole checkpoint, which a kill left
+    half-written. Nothing is deleted where `keep` is None or 0, or where no whole checkpoint is named.
+    """
+    tracker = folder / "latest_checkpointed_iteration.txt"  # verl writes it after all ranks have saved
+    last = int(tracker.read_text()) if tracker.is_file() else None
+    found = {int(path.name.removeprefix(CHECKPOINT)): path for path in folder.glob(f"{CHECKPOINT}[0-9]*")}
+    if not keep or keep < 0 or last not in found:
+        return []
+    whole = sorted(step for step in found if step <= last)
+    unwanted = whole[:-keep] + (sorted(found.keys() - set(whole)) if torn else [])
+    freed = sum(file.stat().st_size for step in unwanted for file in found[step].rglob("*") if file.is_file())
+    for step in unwanted:
+        found[step].rename(folder / f".deleted_{step}")  # a half-deleted folder must not look like a checkpoint
+    for dead in folder.glob(".deleted_*"):
+        shutil.rmtree(dead, ignore_errors=True)
+    if unwanted:
+        _log.warning("== checkpoints of steps %s are deleted, %.1f GB: RL_KEEP_CHECKPOINTS", unwanted, freed / 1e9)
+    return unwanted
 
 
 def real_keys(batch: KVBatchMeta) -> list[str]:

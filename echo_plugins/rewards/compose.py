@@ -98,7 +98,7 @@ class Preset:
         for name, what in errors.items():
             if name not in self._warned:
                 self._warned.add(name)
-                _log.warning("reward term %s of preset %s counts as 0 (said once): %s", name, self.name, what)
+                _log.warning("== reward term %s of preset %s counts as 0 (said once): %s", name, self.name, what)
         return Scored(math.fsum(components.values()), components, errors, missing)
 
     def needs_logprobs(self) -> bool:

@@ -66,7 +66,7 @@ def main(
     silent = [row for row in shown if row.audio is None or sounds[row.audio].problem]
     if silent:
         problem = silent[0].audio_problem or (silent[0].audio and sounds[silent[0].audio].problem)
-        _console.print(f"{len(silent)} of {len(shown)} rows are without sound. The first: {problem}", markup=False)
+        _console.print(f"== {len(silent)} of {len(shown)} rows are without sound. The first: {problem}", markup=False)
     carried = sum(sound.flac is not None for sound in sounds.values())
     _console.print(
         f"{output}: {len(shown)} rows, {carried} of {len(sounds)} sounds in the page, "

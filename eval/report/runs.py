@@ -176,12 +176,13 @@ def read_run(
 
 
 def _recorded_questions(run: Path) -> tuple[list[Path], Path | None]:
-    """The AudioQA manifests that a recipe trained on, as its stage manifests say, where they are still there."""
-    files, root = [], None
-    for manifest in sorted(run.glob("manifests/*.json")):
-        settings = json.loads(manifest.read_text(encoding="utf-8")).get("settings", {})
-        files += [Path(value) for key, value in settings.items() if key.startswith("RL_") and key.endswith("AUDIO_QA")]
-        root = root or settings.get("AUDIO_ROOT")
+    """The AudioQA manifests that a recipe trained on, as its data stage's manifest says, where they are still there."""
+    manifest = run / "manifests" / "data.json"
+    if not manifest.is_file():
+        return [], None
+    data = json.loads(manifest.read_text(encoding="utf-8"))
+    files = [run / file for file in data.get("questions", [])]
+    root = data.get("more", {}).get("AUDIO_ROOT")
     return [file for file in files if file.is_file()], Path(root) if root else None
 
 

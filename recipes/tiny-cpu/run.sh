@@ -6,32 +6,30 @@ set -euo pipefail
 # shellcheck source=../../script/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../script/recipe.sh"
 
-if [[ -n "${AUDIO_QA:-}" ]]; then
-  : "${AUDIO_ROOT:?is the folder that the audio paths in AUDIO_QA start from}"
-  SFT_AUDIO_QA="$DATA_DIR/train.jsonl" RL_AUDIO_QA="$DATA_DIR/train.jsonl"
-  VAL_AUDIO_QA="$DATA_DIR/test.jsonl" EVAL_AUDIO_QA="$DATA_DIR/test.jsonl"
-else
-  AUDIO_ROOT="$DATA_DIR/soundscapes"
-  SFT_AUDIO_QA="$AUDIO_ROOT/sft.jsonl" RL_AUDIO_QA="$AUDIO_ROOT/rl.jsonl"
-  VAL_AUDIO_QA="$AUDIO_ROOT/val.jsonl" EVAL_AUDIO_QA="$AUDIO_ROOT/test.jsonl"
+RECIPE_SETTINGS=(
+  DATA_SFT_ROWS DATA_RL_ROWS DATA_VAL_ROWS DATA_TEST_ROWS
+  TINY_HIDDEN_SIZE TINY_LAYERS TINY_AUDIO_HIDDEN_SIZE TINY_AUDIO_LAYERS
+)
+if [[ -z "$rl_audio_qa" ]]; then
+  audio_root="$DATA_DIR/soundscapes"
+  sft_audio_qa="$audio_root/sft.jsonl" rl_audio_qa="$audio_root/rl.jsonl"
+  val_audio_qa="$audio_root/val.jsonl" eval_audio_qa="$audio_root/test.jsonl"
 fi
-: "${BASE_MODEL:=$DATA_DIR/model}"
+: "${base_model:=$DATA_DIR/model}"
 
 # Each piece is written whole or not at all, so one that is there after a kill need not be made again.
 make_audio_qa() {
-  local shape=() name
-  if [[ -n "${AUDIO_QA:-}" ]]; then
-    run "$PYTHON" -m converters.holdout "$AUDIO_QA" --rows "$EVAL_HOLDOUT" --held "$EVAL_AUDIO_QA" \
-      --rest "$SFT_AUDIO_QA"
-  elif [[ ! -d "$AUDIO_ROOT" ]]; then
-    run "$PYTHON" "$RECIPE_DIR/soundscapes.py" --output "$AUDIO_ROOT" --seed "$SEED" \
+  if [[ "$audio_root" == "$DATA_DIR"/* && ! -d "$audio_root" ]]; then
+    run "$PYTHON" "$RECIPE_DIR/soundscapes.py" --output "$audio_root" --seed "$SEED" \
       --sft-rows "$DATA_SFT_ROWS" --rl-rows "$DATA_RL_ROWS" --val-rows "$DATA_VAL_ROWS" --test-rows "$DATA_TEST_ROWS"
   fi
-  if [[ ! -d "$BASE_MODEL" ]]; then
-    for name in "${!TINY_@}"; do
-      shape+=("--$(tr '[:upper:]_' '[:lower:]-' <<< "${name#TINY_}")" "${!name}")
-    done
-    run "$PYTHON" "$RECIPE_DIR/tiny_omni.py" --output "$BASE_MODEL" --text "$SFT_AUDIO_QA" --seed "$SEED" "${shape[@]}"
+}
+
+make_base_model() {
+  if [[ "$base_model" == "$DATA_DIR"/* && ! -d "$base_model" ]]; then
+    run "$PYTHON" "$RECIPE_DIR/tiny_omni.py" --output "$base_model" --text "$sft_audio_qa" --seed "$SEED" \
+      --hidden-size "$TINY_HIDDEN_SIZE" --layers "$TINY_LAYERS" \
+      --audio-hidden-size "$TINY_AUDIO_HIDDEN_SIZE" --audio-layers "$TINY_AUDIO_LAYERS"
   fi
 }
 

@@ -5,17 +5,19 @@ processor, generation_config.json and spk_dict.pt. transformers' full class, its
 
 The tokenizer has Qwen2.5-Omni's special tokens under their own names, and splits the tags as Qwen does: `<seg>` is
 `<` `seg` `>`, `</seg>` is `</` `seg` `>`, and `>` merges with what may follow a tag (`>,` `>.` `></` `><`). A time such
-as `2.50` and a word of the --text manifests are one token each, so that a model this small can learn to use them.
+as `2.50` and a word of the protocol (`user`, `think`, the instructions) are always one token each, so that a model this
+small can learn to use them. The words of the --text manifests share the rest of the vocabulary: the most frequent
+become one token each, the others several.
 
     python recipes/tiny-cpu/tiny_omni.py --output runs/tiny-omni --text sft.jsonl
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +34,8 @@ from transformers import (
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.utils import logging
 
+from converters.audio_qa import AudioQA, RowError, read_rows
+from converters.events_to_think import think_of_events
 from echo_plugins.relisten.prompt import MODES, question_text
 
 # Qwen2.5-Omni's added tokens, in its order (there they are ids 151643 to 151656).
@@ -69,44 +73,73 @@ TIME_STEP_SECONDS = 0.05
 TIMES_UNTIL_SECONDS = 10.0
 SYSTEM_PROMPT = "system\nYou are a helpful assistant.\nuser\nassistant\n"
 TAGS = "<think> </think> <answer> </answer> <seg>0.00, 1.00</seg> </seg>, </seg>. </seg></think> </seg><seg> </seg>\n"
+MOST_COPIES = 1000  # copies of the manifests' most frequent word in the training text; the other words in proportion
 HEAD_SIZE = 32  # vLLM's attention on CPU takes heads of 32, 64, 80, ... only
 MAX_POSITIONS = 4096
 
 
-def texts(manifests: list[Path]) -> Iterator[str]:
-    """What the tokenizer learns its words from: the protocol's own text, then what the manifests ask and answer."""
+class VocabularyError(ValueError):
+    """The vocabulary is too small for the protocol's own words."""
+
+
+def protocol_texts() -> Iterator[str]:
+    """The text that every row has, whatever its question: chat roles, tags, instructions and times."""
     yield SYSTEM_PROMPT
     yield TAGS
     for mode in MODES:
         yield question_text("", (), mode)
+        yield question_text("", ("", ""), mode)
     for step in range(round(TIMES_UNTIL_SECONDS / TIME_STEP_SECONDS)):
         yield f"{step * TIME_STEP_SECONDS:.2f}"
+
+
+def manifest_texts(manifests: list[Path]) -> Iterator[str]:
+    """What the manifests ask and answer. Rows that cannot be used are passed over: the exporters name them."""
     for manifest in manifests:
-        with manifest.open(encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                yield question_text(row["question"], row["choices"], "plain")
-                yield f"<think>{row.get('think') or ''}</think><answer>{row['answer']}</answer>"
+        for _, row in read_rows(manifest, lambda num_bytes: None):
+            try:
+                record = AudioQA.from_json(row)
+            except RowError:
+                continue
+            yield question_text(record.question, record.choices, "plain")
+            yield f"<think>{record.think or think_of_events(record) or ''}</think><answer>{record.answer}</answer>"
 
 
 def build_tokenizer(vocab_size: int, manifests: list[Path]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, the special ones last as in Qwen."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    """A byte-level BPE of at most `vocab_size` tokens, the special ones last as in Qwen. Raises VocabularyError."""
+    split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
+
+    def words(texts: Iterable[str]) -> Counter[str]:
+        """Words as the tokenizer sees them. They hold no blank: the byte level writes it as a letter."""
+        return Counter(word for text in texts for word, _ in split.pre_tokenize_str(normalize(text)))
+
+    normalizer = normalizers.NFC()
+    normalize = normalizer.normalize_str
+    protocol, learned = words(protocol_texts()), words(manifest_texts(manifests))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # the training text is words already
     tokenizer.train_from_iterator(
-        texts(manifests),
+        (" ".join([word] * copies) for word, copies in training_words(protocol, learned, vocab_size).items()),
         trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            vocab_size=max(0, vocab_size - len(SPECIAL_TOKENS)),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, split
+    tokenizer.decoder = decoders.ByteLevel()
+    vocabulary = tokenizer.get_vocab()
+    missing = [word for word in protocol if word not in vocabulary]
+    if missing:
+        raise VocabularyError(
+            f"--vocab-size {vocab_size} leaves {len(missing)} of the protocol's own {len(protocol)} words without a "
+            f"token, such as {missing[0]!r}; the default is large enough"
+        )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -118,6 +151,24 @@ def build_tokenizer(vocab_size: int, manifests: list[Path]) -> PreTrainedTokeniz
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def training_words(protocol: Iterable[str], learned: Counter[str], vocab_size: int) -> dict[str, int]:
+    """Word -> copies in the training text, so that the protocol's words are merged first, whatever the manifests say.
+
+    BPE merges the most frequent pair of neighbours until the vocabulary is full. A pair of tokens is never more
+    frequent than the two characters where they meet. So a word is whole before any pair of `learned` has its turn, if
+    it has more copies than the most frequent pair of characters in all of `learned`.
+    """
+    frequent = dict(learned.most_common(vocab_size))  # more cannot become tokens
+    most = max(frequent.values(), default=1)
+    copies = {word: -(-MOST_COPIES * count // most) for word, count in frequent.items()}
+    pairs: Counter[str] = Counter()
+    for word, count in copies.items():
+        for start in range(len(word) - 1):
+            pairs[word[start : start + 2]] += count
+    first = max(pairs.values(), default=0) + 1
+    return {**copies, **{word: first + copies.get(word, 0) for word in protocol}}
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen2_5OmniConfig:
@@ -210,6 +261,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
         },
     }
     config = Qwen2_5OmniConfig(thinker_config=thinker, talker_config=talker, token2wav_config=token2wav)
+    # Where the Trainer looks for them: without these it reports that the tokenizer's differ, and sets them itself.
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.architectures = ["Qwen2_5OmniForConditionalGeneration"]
     return config
 
@@ -289,9 +342,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.set_verbosity_error()  # the talker's public token ids lie outside its tiny vocabulary, one warning each
+    # transformers builds a talker with its own defaults to print ours, and warns that their ids pass their vocabulary.
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = build(args)
+    try:
+        model = build(args)
+    except VocabularyError as error:
+        print(f"tiny_omni.py: error: {error}", file=sys.stderr)
+        return 1
     parameters = sum(p.numel() for p in model.thinker.parameters())
     vocab_size = model.thinker.get_input_embeddings().num_embeddings
     print(f"{args.output}: thinker of {parameters / 1e6:.2f} M parameters, vocabulary of {vocab_size}")

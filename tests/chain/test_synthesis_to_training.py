@@ -32,7 +32,7 @@ def digits(record) -> float:
 """
 MY_PRESET = "terms: {format: 0.5, accuracy: 0.5, segment: 0.5, consistency: 1.0, mine.py:digits: 1.0}\n"
 
-SFT = {"NUM_GPUS": "0", "SFT_DTYPE": "float32", "SFT_RECOMPUTE": "false", "SFT_MAX_STEPS": "1", "SFT_BATCH_SIZE": "8"}
+SFT = {"DEVICE": "cpu", "SFT_DTYPE": "float32", "SFT_RECOMPUTE": "false", "SFT_MAX_STEPS": "1", "SFT_BATCH_SIZE": "8"}
 SFT |= {"SFT_MICRO_BATCH": "4", "SFT_LR": "1e-3", "SFT_WARMUP_RATIO": "0", "SFT_LOG_STEPS": "1"}
 RL = {"DEVICE": "cpu", "RL_WORKERS": "1", "RL_STEPS": "1", "RL_BATCH_SIZE": str(QUESTIONS), "RL_TEST_FREQ": "-1"}
 RL |= {

@@ -1,4 +1,4 @@
-"""The whole recipe on this machine, killed once in each of its four stages and given the same command again.
+"""The whole recipe on this machine, killed once in each of its stages and given the same command again.
 
 One run serves all tests here: it is the slowest thing in the repository.
 """
@@ -41,6 +41,10 @@ def is_under_way(chain: Chain, stage: str) -> bool:
     return path.exists() and not json.loads(path.read_text())["finished"]
 
 
+def data_is_being_made(chain: Chain) -> bool:
+    return is_under_way(chain, "data") and any((chain.run_dir / "data").glob("*"))
+
+
 def sft_has_a_checkpoint(chain: Chain) -> bool:
     states = list((chain.run_dir / "sft").glob("checkpoint-*/trainer_state.json"))
     if states and is_under_way(chain, "sft"):
@@ -71,6 +75,7 @@ def inference_has_rows(chain: Chain) -> bool:
 
 
 KILL_WHEN: dict[str, Callable[[Chain], bool]] = {
+    "data": data_is_being_made,
     "sft": sft_has_a_checkpoint,
     "rl": rl_has_a_checkpoint,
     "merge": merge_is_at_work,
@@ -136,8 +141,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
 
 
 def test_every_stage_finishes_after_one_kill_and_none_is_done_twice(chain: Chain) -> None:
-    starts = {stage: chain.manifest(stage)["starts"] for stage in ("data", *KILL_WHEN)}
-    assert starts == {"data": 1, "sft": 2, "rl": 2, "merge": 2, "infer": 2}
+    starts = {stage: chain.manifest(stage)["starts"] for stage in KILL_WHEN}
+    assert starts == dict.fromkeys(KILL_WHEN, 2)
+    assert not list(chain.run_dir.glob("*.old-*"))
     assert all(chain.manifest(stage)["finished"] for stage in starts)
     for stage in ("data", "sft", "rl", "merge"):
         assert f"== {stage}: finished before" in chain.output
@@ -186,15 +192,39 @@ def test_the_closing_table_says_what_was_run_and_what_it_scores(chain: Chain) ->
     assert "Scores" in chain.output and str(chain.run_dir) in chain.output
 
 
-def test_a_finished_run_has_nothing_left_to_do_and_leaves_no_process(chain: Chain) -> None:
-    before = {path: path.stat().st_mtime_ns for path in chain.run_dir.glob("manifests/*.json")}
-    again = subprocess.run(
+def test_the_terminal_shows_little_and_the_logs_all(chain: Chain) -> None:
+    assert sum(len(log.splitlines()) for log in (*chain.logs.values(), chain.output)) < 80 + 12 * len(KILL_WHEN)
+    for stage in KILL_WHEN:
+        assert (chain.run_dir / "logs" / f"{stage}.log").stat().st_size > 0
+    assert "global_step/max_steps" in (chain.run_dir / "logs" / "sft.log").read_text()
+
+
+def test_a_run_that_moved_has_its_rows_written_again_and_nothing_else(chain: Chain) -> None:
+    moved = chain.run_dir.with_name("moved")
+    chain.run_dir.rename(moved)
+    try:
+        again = run_again(chain, RUN_DIR=str(moved))
+        assert again.returncode == 0, again.stderr
+        assert "data: makes what is missing" in again.stderr and again.stderr.count("skipped") == 4
+        assert str(moved) in (moved / "data" / "sft-rows.jsonl").read_text()
+    finally:
+        moved.rename(chain.run_dir)
+    assert "data: makes what is missing" in run_again(chain).stderr
+
+
+def run_again(chain: Chain, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         ["bash", str(ROOT / "recipes" / "tiny-cpu" / "run.sh")],
         capture_output=True,
         text=True,
-        env=environment_of(chain),
+        env=environment_of(chain) | settings,
         check=False,
     )
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_leaves_no_process(chain: Chain) -> None:
+    before = {path: path.stat().st_mtime_ns for path in chain.run_dir.glob("manifests/*.json")}
+    again = run_again(chain)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("skipped") == 5
     assert before == {path: path.stat().st_mtime_ns for path in chain.run_dir.glob("manifests/*.json")}

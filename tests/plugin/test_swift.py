@@ -139,7 +139,9 @@ def test_the_lengths_that_rows_are_sorted_by_are_those_of_training(
         assert 0 <= excess <= dataset.TEMPLATE_TOKENS
 
 
-def test_overlong_rows_are_left_out_and_named(rows_file: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_overlong_rows_are_left_out_and_named(
+    rows_file: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = rows_file.read_bytes().splitlines(keepends=True)
     counts = [dataset.Lengths.of_model(str(tiny_model)).num_tokens(json.loads(line)) for line in lines]
     limit = sorted(counts)[len(counts) // 2]
@@ -148,6 +150,8 @@ def test_overlong_rows_are_left_out_and_named(rows_file: Path, tiny_model: Path,
     assert dataset.main([str(rows_file), str(fit), *options]) == 0
     assert fit.read_bytes() == b"".join(line for line, count in zip(lines, counts, strict=True) if count <= limit)
     named = [json.loads(line) for line in overlong.open()]
+    said = f"== {len(named)} of {len(lines)} rows are left out: over {limit} tokens"
+    assert said in capsys.readouterr().err, "a recipe shows it on the terminal"
     assert [(name["line"], name["tokens"]) for name in named] == [
         (number, count) for number, count in enumerate(counts, start=1) if count > limit
     ]

@@ -20,7 +20,7 @@ from converters.sft_jsonl import main as sft_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
-    "NUM_GPUS": "0",
+    "DEVICE": "cpu",
     "SFT_DTYPE": "float32",
     "SFT_RECOMPUTE": "false",
     "SFT_BATCH_SIZE": "4",

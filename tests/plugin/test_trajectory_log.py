@@ -1,4 +1,5 @@
-"""The trajectory log: which rows, how many bytes, whole or not at all; and what the trainer refuses at its start."""
+"""The trajectory log: which rows, how many bytes, whole or not at all; what the trainer refuses at its start, and which
+checkpoints it keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import pytest
 from omegaconf import OmegaConf
 
 import echo_plugins.for_verl.trainer as trainer
-from echo_plugins.for_verl.trainer import EchoTrainer, LogSettings, choose, useless_terms, write_jsonl
+from echo_plugins.for_verl.trainer import (
+    EchoTrainer,
+    LogSettings,
+    choose,
+    prune_checkpoints,
+    useless_terms,
+    write_jsonl,
+)
 from echo_plugins.rewards import PresetError
 
 
@@ -80,3 +88,32 @@ def test_a_term_without_a_value_in_any_rollout_of_the_first_step_ends_the_run() 
         EchoTrainer._balance_batch(step, batch, {})
     assert useless_terms([*broken, rollout({"b": "no"})]) == {}
     assert useless_terms([rollout({}, error="bad audio")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("keep", "last", "torn", "left"),
+    [
+        (2, 8, False, [6, 8, 10]),
+        (2, 8, True, [6, 8]),
+        (1, 8, True, [8]),
+        (9, 8, True, [2, 4, 6, 8]),
+        (0, 8, True, [2, 4, 6, 8, 10]),
+        (None, 8, True, [2, 4, 6, 8, 10]),
+        (2, None, True, [2, 4, 6, 8, 10]),
+        (2, 7, True, [2, 4, 6, 8, 10]),
+    ],
+)
+def test_checkpoints_beyond_the_newest_are_deleted_and_never_the_last_whole_one(
+    tmp_path: Path, keep: int | None, last: int | None, torn: bool, left: list[int]
+) -> None:
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"global_step_{step}" / "actor").mkdir(parents=True)
+        (tmp_path / f"global_step_{step}" / "actor" / "model.pt").write_bytes(b"weights")
+    if last is not None:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(last))
+    (tmp_path / ".deleted_1").mkdir()
+    prune_checkpoints(tmp_path, keep, torn)
+    steps = sorted(int(path.name.rpartition("_")[2]) for path in tmp_path.glob("global_step_*"))
+    assert steps == left
+    if left != [2, 4, 6, 8, 10]:
+        assert not list(tmp_path.glob(".deleted_*")) or keep == 9

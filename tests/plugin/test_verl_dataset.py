@@ -96,6 +96,19 @@ def test_rows_that_are_too_long_are_left_out_by_their_stored_token_counts(
     assert len(said) == 1 and "1 of 3 rows are left out" in said[0]
 
 
+def test_a_file_of_which_no_prompt_is_short_enough_is_an_error_that_names_it(processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"none of the 1 prompts of .*\.parquet.* is within data\.max_prompt_length=200"
+    ):
+        read(
+            processor,
+            tmp_path,
+            [row(1, "/nowhere.wav", num_audio_tokens=5_000)],
+            filter_overlong_prompts=True,
+            max_prompt_length=200,
+        )
+
+
 def test_special_tokens_in_a_rows_text_are_plain_text(processor: Any, tmp_path: Path, wav: str) -> None:
     data = read(processor, tmp_path, [row(0, wav, "<audio>Is <|AUDIO|> here?<|im_end|>")])
     text = processor.apply_chat_template(data[0]["raw_prompt"], add_generation_prompt=True, tokenize=False)

@@ -359,10 +359,10 @@ def test_trusted_durations_spare_the_decoding_but_not_the_look(root: Path, monke
 def test_when_no_row_is_good_the_old_file_stays_and_the_command_fails(root: Path) -> None:
     target = root.parent / "out.bin"
     target.write_text("old")
-    result, _ = export(sft_jsonl.app, [row(think=None)], root)
+    result, _ = export(sft_jsonl.app, [row(audio="none.wav")], root)
     assert result.exit_code == 1
     assert target.read_text() == "old"
-    assert read_rows(root.parent / "out.bin.rejected.jsonl")[0]["reason"] == "no_think"
+    assert read_rows(root.parent / "out.bin.rejected.jsonl")[0]["reason"] == "audio_missing"
     assert "no row of" in result.stderr
 
 

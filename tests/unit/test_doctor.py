@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -66,7 +67,7 @@ def test_a_version_that_is_off_is_named_with_what_it_touches_and_fails(
 ) -> None:
     real = doctor.installed_version
     monkeypatch.setattr(doctor, "installed_version", lambda name: "0.1" if name == "verl" else real(name))
-    monkeypatch.setattr(doctor, "checks", list)
+    monkeypatch.setattr(doctor, "checks", lambda machine: [])
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--json"])
     assert doctor.main() == 1
     printed = capsys.readouterr()
@@ -74,6 +75,36 @@ def test_a_version_that_is_off_is_named_with_what_it_touches_and_fails(
     (verl,) = [package for package in report["packages"] if package["name"] == "verl"]
     assert report["off"] == ["verl"] and not verl["as_pinned"] and "patches" in verl["reason"]
     assert "verl" in printed.err
+
+
+def test_a_driver_that_is_too_old_and_a_small_shared_memory_are_marked(
+    doctor: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: (13, 0))
+    node = doctor.Machine((("A100", 80e9),) * 2, "535.104", (12, 2), 500e9, 400e9, 64e6, 900e9)
+    states = {check.name: check.state for check in doctor.machine_checks(node)}
+    assert states["driver"] is doctor.State.OFF and states["/dev/shm"] is doctor.State.LOW
+    states = {check.name: check.state for check in doctor.machine_checks(replace(node, cuda=(13, 1), shm=64e9))}
+    assert states["driver"] is doctor.State.OK and states["/dev/shm"] is doctor.State.OK
+
+
+def test_the_check_of_a_recipe_decides_with_what_it_exits(
+    doctor: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipes" / "mine" / "run.sh"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text('[[ "$1" == check ]] && exit 2')
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    for name in ("packages", "other_deviations"):
+        monkeypatch.setattr(doctor, name, lambda kind: [])
+    for off, expected in (([], 2), ([doctor.Check("driver", "old", doctor.State.OFF)], 1)):
+        monkeypatch.setattr(doctor, "checks", lambda machine, off=off: off)
+        monkeypatch.setattr(sys, "argv", ["doctor.py", "--recipe", "mine"])
+        assert doctor.main() == expected
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--recipe", "yours"])
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main()
+    assert "no recipe 'yours'; they are mine" in capsys.readouterr().err
 
 
 def test_setup_refuses_an_unfit_python_in_one_line(tmp_path: Path) -> None:

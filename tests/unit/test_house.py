@@ -122,10 +122,10 @@ def bash(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_every_number_of_a_recipe_can_be_given_from_the_environment(recipe: str) -> None:
     lines = (ROOT / "recipes" / recipe / "recipe.env").read_text().split("\n")
     statements = [line.strip() for line in lines if line and not line.startswith("#")]
-    plain = re.compile(r':( "\$\{[A-Z0-9_]+:=[^"]*\}")+(\s+#.*)?|if \[\[ .* \]\]; then|fi')
+    plain = re.compile(r':( "\$\{[A-Z0-9_]+=[^"]*\}")+(\s+#.*)?|if \[\[ .* \]\]; then|fi')
     wrong = [statement for statement in statements if not plain.fullmatch(statement)]
-    assert not wrong, 'every line is a comment or : "${NAME:=value}" ...'
-    names = re.findall(r'"\$\{([A-Z0-9_]+):=', "\n".join(statements))
+    assert not wrong, 'every line is a comment or : "${NAME=value}" ...'
+    names = re.findall(r'"\$\{([A-Z0-9_]+)=', "\n".join(statements))
     done = bash(
         f'source recipes/{recipe}/recipe.env; printf "%s\\n" ' + " ".join(f'"${name}"' for name in names),
         **dict.fromkeys(names, "given"),

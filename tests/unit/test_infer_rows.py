@@ -398,7 +398,7 @@ def test_an_engine_that_does_not_start_is_left_out_unless_it_is_the_last() -> No
 
     fleet = Fleet(20)
     assert fleet.run(broken, fleet.engine(0.001)) == fleet.all_once()
-    assert "engine 0 is given up: no memory" in fleet.said
+    assert "== engine 0 is given up: no memory" in fleet.said
     with pytest.raises(EngineDied, match="no memory"):
         fleet.run(broken, broken)
 

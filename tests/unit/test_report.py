@@ -299,9 +299,9 @@ def test_a_manifest_tells_what_the_log_leaves_out(tmp_path: Path) -> None:
     assert row.audio == tmp_path / "sounds/a.wav" and row.events[0]["label"] == "bell"
     assert row.choices == ["one"] and row.labels["kind"] == ["k"]
 
-    settings = {"RL_AUDIO_QA": str(manifest), "AUDIO_ROOT": str(tmp_path / "sounds"), "RL_LR": "1e-5"}
+    data = {"questions": [str(manifest)], "more": {"AUDIO_ROOT": str(tmp_path / "sounds")}}
     (tmp_path / "manifests").mkdir()
-    (tmp_path / "manifests/rl.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "manifests/data.json").write_text(json.dumps(data))
     assert one_row(tmp_path).audio == tmp_path / "sounds/a.wav"
 
 
@@ -388,7 +388,9 @@ def test_missing_and_broken_audio_is_said_on_its_row_and_at_the_end(tmp_path: Pa
     run = write_rows(tmp_path / "runs/x.jsonl", *rows)
     output = tmp_path / "r.html"
     done = CliRunner().invoke(app, [str(run), "-o", str(output), "--audio-root", str(tmp_path)])
-    assert done.exit_code == 0 and "4 of 5 rows are without sound. The first: 'gone.wav': no such file" in done.output
+    assert (
+        done.exit_code == 0 and "== 4 of 5 rows are without sound. The first: 'gone.wav': no such file" in done.output
+    )
     data = Page(output).data
     problems = [row["audio_problem"] or data["sounds"][row["sound"]]["problem"] for row in data["sets"][0]["sides"][0]]
     for problem, said in zip(

@@ -30,11 +30,19 @@ def flags(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "nodes", "micro", "accumulated"),
-    [("0", "1", "1", "16"), ("0", "1", "16", "1"), ("1", "1", "4", "4"), ("8", "1", "1", "2"), ("4", "2", "2", "1")],
+    ("device", "gpus", "nodes", "micro", "accumulated"),
+    [
+        ("cpu", "8", "1", "1", "16"),
+        ("cpu", "8", "1", "16", "1"),
+        ("cuda", "1", "1", "4", "4"),
+        ("cuda", "8", "1", "1", "2"),
+        ("cuda", "4", "2", "2", "1"),
+    ],
 )
-def test_the_batch_is_the_same_on_any_number_of_gpus(gpus: str, nodes: str, micro: str, accumulated: str) -> None:
-    done = dry_run(NUM_GPUS=gpus, NNODES=nodes, SFT_MICRO_BATCH=micro, SFT_BATCH_SIZE="16")
+def test_the_batch_is_the_same_on_any_number_of_gpus(
+    device: str, gpus: str, nodes: str, micro: str, accumulated: str
+) -> None:
+    done = dry_run(DEVICE=device, NUM_GPUS=gpus, NUM_NODES=nodes, SFT_MICRO_BATCH=micro, SFT_BATCH_SIZE="16")
     assert flags(done)["--per_device_train_batch_size"] == micro
     assert flags(done)["--gradient_accumulation_steps"] == accumulated
 
@@ -43,6 +51,9 @@ def test_the_batch_is_the_same_on_any_number_of_gpus(gpus: str, nodes: str, micr
     ("settings", "told"),
     [
         ({"NUM_GPUS": "3", "SFT_BATCH_SIZE": "16"}, "SFT_BATCH_SIZE=16"),
+        ({"NUM_GPUS": "0"}, "DEVICE=cpu"),
+        ({"DEVICE": "tpu"}, "tpu"),
+        ({"NNODES": "2"}, "NUM_NODES"),
         ({"SFT_TUNER": "qlora"}, "qlora"),
         ({"SFT_TUNER": "lora", "SFT_FREEZE_AUDIO": "false"}, "SFT_FREEZE_AUDIO"),
         ({"SFT_FREEZE_AUDIO": "yes"}, "yes"),
