@@ -47,16 +47,16 @@ _CLOCK = re.compile(r"[0-9]+(?::[0-9]+){0,2}(?:[.][0-9]+)?")
 _MOST_SECONDS = 86_400.0  # more is no time in a recording: milliseconds, or a number of something else
 
 
-def video_ids(row: Mapping[str, Any]) -> dict[str, Seconds | None]:
-    """The videos that a row names, by their ids, each with the seconds of it that the row's own fields or the name say;
-    None where nothing says. `meta` counts as the row itself."""
+def sources_of(row: Mapping[str, Any]) -> dict[str, Seconds | None]:
+    """The videos that a row names, by their ids; a URL of another site as it is. Each with the seconds that the row's
+    own fields or the name say, None where nothing says. `meta` counts as the row itself."""
     fields = _fields(row)
     stated = _interval(fields)
     found: dict[str, Seconds | None] = {}
     for value in _texts(fields, (*URL_KEYS, *ID_KEYS, *NAME_KEYS)):
-        for pattern in (_IN_URL, _BILIBILI):
-            for match in pattern.finditer(value):
-                found.setdefault(match[1], stated)
+        ids = [match[1] for pattern in (_IN_URL, _BILIBILI) for match in pattern.finditer(value)]
+        for source in ids or ([value.partition("#")[0]] if value.startswith(("http://", "https://")) else []):
+            found.setdefault(source, stated)
     for value in _texts(fields, (*ID_KEYS, *NAME_KEYS)):
         stem = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,4}\Z", "", value.replace("\\", "/").rpartition("/")[2])
         if match := _NAME.fullmatch(stem):
