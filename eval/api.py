@@ -24,7 +24,7 @@ from echo_plugins.chat_client import KEY_VARIABLE, ChatClient, Limits, Reply, St
 from echo_plugins.relisten.prompt import question_text
 from echo_plugins.relisten.trajectory import StopReason
 
-from .engine import Outcome, Question, Sampling, load_sound
+from .engine import Outcome, Question, Sampling, check_text, load_sound
 
 SEEDS = 2**31  # of a request: some endpoints take no larger ones
 
@@ -59,17 +59,17 @@ class ApiAnswerer:
         started = time.monotonic()
         try:
             body = await asyncio.to_thread(self._body, question, sampling)
-        except (audio.AudioError, UnicodeEncodeError) as error:
+        except ValueError as error:  # AudioError, or text that no JSON can hold
             return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
         reply = await self._client.ask(body, repeat=sampling.seed, label=question.id)
         return _outcome(reply, time.monotonic() - started)
 
     def _body(self, question: Question, sampling: Sampling) -> dict[str, Any]:
+        check_text(question)
         waveform, _ = load_sound(question)
         stream = io.BytesIO()
         soundfile.write(stream, waveform, audio.SAMPLING_RATE, format="WAV", subtype="PCM_16")
         text = question_text(question.question, question.choices, "plain")
-        text.encode()  # a lone surrogate is refused here, as a row's own fault
         clip = {"data": base64.b64encode(stream.getvalue()).decode(), "format": "wav"}
         parts = [{"type": "input_audio", "input_audio": clip}, {"type": "text", "text": text}]
         fields = {

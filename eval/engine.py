@@ -266,13 +266,7 @@ class Engine:
         if num_samples > self._max_samples:
             limit, seconds = self._max_samples / audio.SAMPLING_RATE, num_samples / audio.SAMPLING_RATE
             raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
-        try:
-            "".join((question.question, *question.choices)).encode()
-        except UnicodeEncodeError as error:
-            lone = error.object[error.start]
-            raise ValueError(
-                f"the text has a lone surrogate, {lone!r}, which no tokenizer takes: correct it"
-            ) from error
+        check_text(question)
         prompt = self.prompt_ids(question, sampling.mode)
         num_tokens = len(expand_placeholders(prompt, self.ids.audio, [self.count_audio_tokens(num_samples)]))
         room = self.max_model_len - num_tokens
@@ -385,6 +379,15 @@ class Engine:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def check_text(question: Question) -> None:
+    """Raises ValueError for text that no tokenizer takes, and no JSON in UTF-8 can hold."""
+    try:
+        "".join((question.question, *question.choices)).encode()
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start]
+        raise ValueError(f"the text has the lone surrogate {lone!r}, which no tokenizer takes: correct it") from error
 
 
 def prompt_text(processor: Any, question: Question, mode: Mode) -> str:

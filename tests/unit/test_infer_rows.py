@@ -253,7 +253,7 @@ def test_a_row_that_a_hosted_model_cannot_be_asked_is_one_row(tmp_path: Path) ->
         result = hosted.run()
         assert result.exit_code == 0, result.output
     errors = {row_id: row["error"] for row_id, row in hosted.rows().items() if row["stop_reason"] == "error"}
-    assert errors.keys() == {"r1", "r2"} and "surrogates not allowed" in errors["r1"] and "no such file" in errors["r2"]
+    assert errors.keys() == {"r1", "r2"} and "lone surrogate" in errors["r1"] and "no such file" in errors["r2"]
 
 
 @pytest.mark.parametrize(
