@@ -398,10 +398,7 @@ def _items(name: str, file: Path) -> Iterator[Item]:
     for where, row in _rows(file):
         item = _item(row, read(row), where, may_be_open=benchmark is not None and benchmark.may_be_open)
         if benchmark is not None and benchmark.definition is not None:
-            # What the definition makes of the row is what is scored, whatever the row calls by these names.
-            ours = {"id": item.id, "question": item.question, "choices": list(item.choices), "answer": item.answer}
-            changed = {key: row[key] for key in ours if key in row and row[key] != ours[key]}
-            item = replace(item, row={**row, **ours, **({"as_published": changed} if changed else {})})
+            item = replace(item, row=_overridden(item.row, {"question": item.question, "answer": item.answer}))
         if item.id in seen:
             raise BenchmarkError(f"{where}: the id {item.id!r} was there before; ids must be unique to resume by them")
         seen.add(item.id)
@@ -528,8 +525,16 @@ def _item(row: dict[str, Any], fields: Fields, where: str, *, may_be_open: bool)
     if not isinstance(answer, (str, type(None))):
         raise BenchmarkError(f"{where}: 'answer' must be the text of a choice, not {answer!r}")
     ours = {"id": fields.id, "choices": choices, "answer": answer}
-    row = row | {key: value for key, value in ours.items() if row.get(key) is None and value is not None}
+    row = _overridden(row, {key: value for key, value in ours.items() if value is not None})
     return Item(str(fields.id), tuple(audios), fields.question, tuple(choices), answer or None, row)
+
+
+def _overridden(row: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with the values that are asked and scored; what it calls by their names is kept under `as_published`."""
+    changed = {key: row[key] for key, value in ours.items() if row.get(key) is not None and row[key] != value}
+    before = row.get("as_published")
+    published = {**(before if isinstance(before, dict) else {}), **changed}
+    return row | ours | ({"as_published": published} if changed else {})
 
 
 def audio_problem(item: Item, root: Path) -> str | None:

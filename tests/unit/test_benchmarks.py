@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from eval.benchmarks import (
     BenchmarkError,
     Item,
     app,
+    audio_problem,
     benchmark_name,
     breakdowns_of,
     definition_of,
@@ -29,6 +32,7 @@ from eval.benchmarks import (
     load_benchmark,
     load_questions,
 )
+from eval.predictions import PredictionsError, json_line
 
 MMAR_ROW = {
     "id": "a_00-01-32",
@@ -368,6 +372,16 @@ def test_a_letter_where_a_set_has_texts_is_the_choice_that_it_names(tmp_path: Pa
     assert [item.answer for item in load_benchmark("mmsu", tmp_path)] == ["Cat", "B"]
 
 
+def test_the_id_that_is_asked_is_the_one_that_is_resumed_and_scored(tmp_path: Path) -> None:
+    """AIR-Bench counts `uniq_id` from 1 in each task: a column `id` of the same would be there twice."""
+    row = {"id": "1", "uniq_id": 1, "dataset_name": "d", "path": "a.wav", "question": "?", "choice_a": "x"}
+    rows = [row | {"task_name": task, "answer_gt": "x"} for task in ("s", "t")]
+    write(tmp_path / "Foundation_meta.json", json.dumps(rows))
+    items = list(load_benchmark("air-bench-foundation", tmp_path))
+    assert [item.row["id"] for item in items] == [item.id for item in items] == ["s/d/1", "t/d/1"]
+    assert items[0].row["as_published"] == {"id": "1"}
+
+
 def test_a_row_that_nests_too_deep_is_named(tmp_path: Path) -> None:
     write(tmp_path / "m.jsonl", "[" * 100_000 + "\n")
     write(tmp_path / "m.json", '[{"id": ' + "[" * 100_000)
@@ -379,3 +393,69 @@ def test_a_row_that_nests_too_deep_is_named(tmp_path: Path) -> None:
 def test_every_benchmark_is_listed_with_its_source() -> None:
     said = CliRunner().invoke(app, ["list"]).output
     assert all(benchmark.name in said and benchmark.get_it in said for benchmark in BENCHMARKS.values())
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """`content` with bytes dropped, doubled, changed, or text that JSON takes and others do not."""
+    for _ in range(chance.choice([1, 1, 2, 5])):
+        place, length = chance.randrange(len(content)), chance.choice([1, 1, 3, 40])
+        put = chance.choice(
+            [
+                b"",
+                bytes([chance.randrange(256)]),
+                content[place : place + 2 * length],
+                b"null",
+                b"\\ud800",
+                b"[",
+                b"\n",
+                b"1e999",
+            ]
+        )
+        content = content[:place] + put + content[place + length :]
+    return content
+
+
+LETTERED = {"id": "1", "audio_path": "a.wav", "question": "?", "choice_a": "Dog", "choice_b": "Cat", "answer_gt": "Dog"}
+SAMPLES = {
+    "mmar": ("MMAR-meta.jsonl", jsonl(*(MMAR_ROW | {"id": str(n)} for n in range(4)))),
+    "mmau-mini": ("mmau-test-mini.json", json.dumps([MMAU_ROW | {"id": str(n)} for n in range(4)])),
+    "mmau-pro": ("mmau-pro.jsonl", jsonl(*({"id": str(n), "audio_path": ["a"], "question": "?"} for n in range(4)))),
+    "mmsu": ("mmsu.jsonl", jsonl(*(LETTERED | {"id": str(n)} for n in range(4)))),
+    "air-bench-foundation": (
+        "Foundation_meta.json",
+        json.dumps(
+            [LETTERED | {"uniq_id": n, "task_name": "t", "dataset_name": "d", "path": "a.wav"} for n in range(4)]
+        ),
+    ),
+    "own": ("questions.json", json.dumps(OWN_ROWS)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_damaged_file_is_read_or_refused_by_row_and_scored_or_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "own.yaml", OWN)
+    file, content = SAMPLES[name]
+    benchmark = benchmark_name(str(tmp_path / "own.yaml")) if name == "own" else name
+    chance = random.Random(20261127)
+    outcomes: Counter[str] = Counter()
+    for _ in range(300):
+        (tmp_path / file).write_bytes(damaged(content.encode(), chance))
+        try:
+            questions = load_benchmark(benchmark, tmp_path)
+            items = list(questions)
+        except BenchmarkError as error:
+            outcomes["refused"] += 1
+            assert str(tmp_path / file) in str(error)
+            continue
+        outcomes["read"] += 1
+        for item in items:
+            audio_problem(item, tmp_path)
+        predictions = [{**item.row, "answer_prediction": "Dog"} for item in items]
+        write(tmp_path / "p.jsonl", "".join(map(json_line, predictions)))
+        assert len(score.grade_all(score.load(tmp_path / "p.jsonl"))) == len(items) == questions.num_rows
+        (tmp_path / "p.jsonl").write_bytes(damaged((tmp_path / "p.jsonl").read_bytes(), chance))
+        try:
+            score.totals(predicted := score.load(tmp_path / "p.jsonl"), score.grade_all(predicted))
+        except PredictionsError as error:
+            assert str(tmp_path / "p.jsonl") in str(error)
+    assert outcomes["read"] > 5 and outcomes["refused"] > 20, outcomes
