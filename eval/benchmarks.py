@@ -534,7 +534,7 @@ def _overridden(row: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     changed = {key: row[key] for key, value in ours.items() if row.get(key) is not None and row[key] != value}
     before = row.get("as_published")
     published = {**(before if isinstance(before, dict) else {}), **changed}
-    return row | ours | ({"as_published": published} if changed else {})
+    return {**row, **ours, **({"as_published": published} if changed else {})}
 
 
 def audio_problem(item: Item, root: Path) -> str | None:
