@@ -190,6 +190,8 @@ def grade(row: Mapping[str, Any], rule: Rule = "string_match") -> Graded:
         official = None if match is None else match(response_of(row, rule), answer, choices)
         named = chosen(row)
         strict = named is not None and named == chosen(row, answer) if choices else None
+    elif isinstance(answer, str) and rule == "string_match" and not official_match(prediction, "", ()):
+        official = False  # a prediction without a word: the script never looks at the choices
     return Graded(str(row["id"]), official, strict, bool(prediction), recording_of(row), problem)
 
 

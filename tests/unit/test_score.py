@@ -406,7 +406,7 @@ def test_rows_that_cannot_be_used_are_named_and_counted_and_the_rest_is_scored(t
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     summary, printed = score(file, "--rows", str(tmp_path / "r.jsonl"))
-    assert (summary["total"], summary["scored"], summary["unanswered"]) == (9, 5, 2)
+    assert (summary["total"], summary["scored"], summary["unanswered"]) == (9, 5, 2), summary
     assert summary["strict_accuracy"] == 0.6, "an odd or a null prediction is a wrong one"
     assert summary["unusable"] == ["no choices", "odd choices", "odd answer", "odd prediction"]
     assert summary["no_key"] == ["null answer"]
@@ -425,6 +425,9 @@ def test_rows_that_cannot_be_used_are_named_and_counted_and_the_rest_is_scored(t
         ({"choices": ["Dog", "Cat"], "answer": ""}, "bird", True, False),  # no word is missing, none is wrong
         ({"choices": ["Dog", "Cat"], "answer": ""}, "Cat", False, False),
         ({"choices": ["Dog", "Cat"], "answer": ""}, "", False, False),
+        ({"choices": None, "answer": "Cat"}, "", False, None),  # the script never comes to the choices
+        ({"choices": [None, "Cat"], "answer": "Cat"}, "?!", False, None),
+        ({"choices": None, "answer": "Cat"}, "Cat", None, None),
         ({"choices": ["Dog", "Cat"], "answer": None}, "Cat", None, None),
     ],
 )
@@ -433,7 +436,7 @@ def test_where_the_official_rule_has_a_verdict_so_have_we(
 ) -> None:
     graded = grade({"id": "x", "answer_prediction": prediction, **row})
     assert (graded.official, graded.strict) == (official, strict)
-    if official is not None:
+    if official is not None and isinstance(row["choices"], list) and None not in row["choices"]:
         assert independent_official_rule(prediction, row["answer"], row["choices"]) is official
 
 
