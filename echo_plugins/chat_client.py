@@ -38,6 +38,11 @@ FSYNC_SECONDS = 5.0  # what a crash of the machine, not of the program, may have
 LONGEST_RETRY_AFTER_SECONDS = 600.0  # a server that asks for more has its request fail instead
 MAX_EXCERPT_CHARS = 200  # of a body in an error message
 
+# Gateways answer 200 with an error of any words. One such answer may pass; nothing else in so many attempts on end, for
+# so long, will not.
+ERRORS_ON_END = 5
+ERRORS_FOR_SECONDS = 4.0
+
 # One of these spoils every request: no such key, an empty account, no such address or model, a method that is no POST.
 _HOPELESS = {401, 402, 404, 405}
 _PASSING = {408, 409, 425, 429}  # and every 5xx
@@ -230,6 +235,8 @@ class ChatClient:
         self._journal = Journal(journal) if journal else None
         self._places = asyncio.Semaphore(self.limits.concurrency)
         self._failed_in_a_row = 0
+        self._errors_on_end = 0  # answers with status 200 that were errors
+        self._first_error = 0.0  # when their first came, by the clock of the event loop
         self._next_start = 0.0  # on the clock of the event loop; when the next request may leave
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -334,12 +341,36 @@ class ChatClient:
         try:
             answer = response.json()
         except ValueError:  # HTML of a proxy, or JSON that was cut
-            return _Trouble("no JSON", f"status 200 with a body that is no JSON: {self._excerpt(response)}")
+            return self._not_an_answer("no JSON", None, response)
         choices = answer.get("choices") if isinstance(answer, dict) else None
         choice = choices[0] if isinstance(choices, list) and choices else None
         if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-            return _Trouble("no message", f"status 200 without a message: {self._excerpt(response)}")
+            return self._not_an_answer("no message", answer, response)
+        self._errors_on_end = 0
         return answer
+
+    def _not_an_answer(self, kind: str, answer: object, response: httpx.Response) -> _Trouble:
+        """What is wrong with a body of status 200 that has no message. Raises ChatError when it says that no request
+        can succeed, and when nothing else has come for a while."""
+        error = answer.get("error") if isinstance(answer, dict) else None
+        code = error.get("code") if isinstance(error, dict) else None
+        status = int(code) if isinstance(code, (int, str)) and str(code).isdecimal() and len(str(code)) == 3 else 0
+        what = f"status 200 with {kind}: {self._excerpt(response)}"
+        if status in _HOPELESS or _NO_MONEY in response.text:
+            advice = self._advice(status or 402)
+            raise ChatError(f"{self.url} answers 200 with an error: {self._excerpt(response)}. {advice}")
+        if status in _PASSING or status >= 500:
+            return _Trouble(str(status), what, retry_after=_retry_after(response))
+        now = asyncio.get_running_loop().time()
+        self._first_error = self._first_error if self._errors_on_end else now
+        self._errors_on_end += 1
+        lasted = now - self._first_error
+        if self._errors_on_end >= ERRORS_ON_END and lasted >= ERRORS_FOR_SECONDS:
+            raise ChatError(
+                f"{self.url}: the last {self._errors_on_end} answers, for {lasted:.0f} s, had status 200 and {kind}. "
+                f"The last says: {self._excerpt(response)}"
+            )
+        return _Trouble(kind, what)
 
     async def _start(self) -> None:
         """Wait for this request's turn under the rate limit."""

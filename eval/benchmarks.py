@@ -2,6 +2,9 @@
 
     python -m eval.benchmarks list
     python -m eval.benchmarks check mmar --benchmark-root benchmarks/mmar
+    python -m eval.benchmarks check mine.yaml --benchmark-root benchmarks/mine
+
+A benchmark of your own in any layout is a YAML file, see `own_benchmark`.
 
 The official layouts are read as they are published, nothing is renamed or moved. Metadata is JSONL, a JSON list or
 Parquet. Rows are read one at a time; a JSON list is the exception, its text (not its objects) is held whole.
@@ -9,15 +12,18 @@ Parquet. Rows are read one at a time; a JSON list is the exception, its text (no
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
+import yaml
 from rich.console import Console
 
 from echo_plugins.audio import AudioError, resolve_path
@@ -27,6 +33,8 @@ AUDIO_QA = "audio-qa"
 # A meta field of a manifest with more labels than this is a name or a note, not something to break scores down by.
 MAX_LABELS = 64
 NO_LABEL = "(none)"
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+_BRACED = re.compile(r"\{([^{}]+)\}")
 MAX_CHOICES = 26  # the prompt letters them A to Z
 SHOWN = 3  # examples of what is missing
 
@@ -85,9 +93,16 @@ def _lettered(row: Mapping[str, Any], row_id: Any, audio: Any) -> Fields:
     choices = [row.get(f"choice_{letter}") for letter in "abcd"]
     while choices and choices[-1] is None:
         choices.pop()
-    return Fields(
-        row_id, audio, row.get("question"), [_text(choice) for choice in choices], _text(row.get("answer_gt"))
-    )
+    texts = [_text(choice) for choice in choices]
+    return Fields(row_id, audio, row.get("question"), texts, _answer_text(_text(row.get("answer_gt")), texts))
+
+
+def _answer_text(answer: Any, choices: Sequence[Any]) -> Any:
+    """The choice that an answer names by its letter; any other answer as it is. Some copies of a set have letters."""
+    if answer in choices or not isinstance(answer, str) or not (letter := _LETTER.fullmatch(answer.strip())):
+        return answer
+    place = ord(letter[1].upper()) - ord("A")
+    return choices[place] if place < len(choices) else answer
 
 
 def _text(value: Any) -> Any:
@@ -114,6 +129,7 @@ class Benchmark:
     get_it: str
     revisions: Mapping[str, str]
     may_be_open: bool = False  # rows without choices
+    definition: Mapping[str, Any] | None = None  # of a benchmark of the user's own
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -193,6 +209,127 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+AnswerIs = Literal["text", "letter", "index0", "index1"]
+
+
+def benchmark_name(name_or_file: str) -> str:
+    """The name of a benchmark in BENCHMARKS, where one that a YAML file describes is put. Raises BenchmarkError."""
+    if name_or_file in BENCHMARKS:
+        return name_or_file
+    if not name_or_file.endswith((".yaml", ".yml")):
+        raise BenchmarkError(
+            f"no benchmark {name_or_file!r}; there are {', '.join(BENCHMARKS)}, or the path of a .yaml file, or a "
+            "manifest with --audio-qa"
+        )
+    file = Path(name_or_file)
+    try:
+        definition = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BenchmarkError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(definition, dict):
+        raise BenchmarkError(f"{file}: not a mapping of keys")
+    try:
+        return own_benchmark({"name": file.stem, **definition})
+    except BenchmarkError as error:
+        raise BenchmarkError(f"{file}: {error}") from error
+
+
+def own_benchmark(definition: Mapping[str, Any]) -> str:
+    """Put a benchmark of the user's own into BENCHMARKS, and return its name there, which its content is a part of.
+
+        rows: questions.jsonl              # under --benchmark-root: JSONL, a JSON list or Parquet; of several the first
+        id: qid                            # the key of a row; a.b is b within a
+        audio: "clips/{file}"              # a key, or a path with keys in braces, under --benchmark-root
+        question: prompt
+        choices: [a, b, c, d]              # the key of a list or of an object by letters; or the keys of the choices
+        answer: gold
+        answer_is: text                    # text, letter, index0 or index1
+        rule: string_match                 # string_match, letter or first_letter
+        breakdowns: [category, meta.kind]  # the macro mean is over the first; default: every field that holds labels
+        num_rows: 500                      # for `check`; with sha256: {HASH: "version 1"} and get_it: where it is got
+
+    Only `rows`, `audio`, `question`, `choices` and `answer` are needed. Raises BenchmarkError.
+    """
+    kinds: dict[str, tuple[type, ...]] = {
+        **{"name": (str,), "title": (str,), "rows": (str, list), "id": (str,), "audio": (str,), "question": (str,)},
+        **{"choices": (str, list), "answer": (str,), "answer_is": (str,), "rule": (str,), "breakdowns": (list,)},
+        **{"num_rows": (int,), "sha256": (dict,), "get_it": (str,)},
+    }
+    if unknown := [str(key) for key in definition if key not in kinds]:
+        close = difflib.get_close_matches(unknown[0], kinds, n=1)
+        meant = f": is {close[0]!r} meant?" if close else f"; there are {', '.join(kinds)}"
+        raise BenchmarkError(f"no key {unknown[0]!r}{meant}")
+    if missing := [key for key in ("rows", "audio", "question", "choices", "answer") if key not in definition]:
+        raise BenchmarkError(f"the key {missing[0]!r} is missing")
+    for key, value in definition.items():
+        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        if type(value) not in kinds[key] or not all(isinstance(text, str) and text for text in texts):
+            raise BenchmarkError(f"{key!r} cannot be {value!r}")
+    answer_is, rule = definition.get("answer_is", "text"), definition.get("rule", "string_match")
+    for key, value, allowed in (
+        ("answer_is", answer_is, get_args(AnswerIs)),
+        ("rule", rule, ("string_match", "letter", "first_letter")),
+    ):
+        if value not in allowed:
+            raise BenchmarkError(f"{key!r} is one of {', '.join(allowed)}, not {value!r}")
+    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{definition.get('name', 'own')}@{digest}"
+    files = definition["rows"] if isinstance(definition["rows"], list) else [definition["rows"]]
+    BENCHMARKS[name] = Benchmark(
+        name,
+        definition.get("title", definition.get("name", "own")),
+        tuple(files),
+        lambda row: _own_fields(row, definition, answer_is),
+        rule,
+        tuple(definition.get("breakdowns", ())),
+        definition.get("num_rows"),
+        definition.get("get_it", "described by your own YAML file"),
+        definition.get("sha256", {}),
+        may_be_open=True,
+        definition=dict(definition),
+    )
+    return name
+
+
+def definition_of(name: str) -> dict[str, Any]:
+    """What a sidecar has to keep of a benchmark, so that its rows can be scored without the YAML file."""
+    definition = BENCHMARKS[name].definition if name in BENCHMARKS else None
+    return {} if definition is None else {"definition": dict(definition)}
+
+
+def _own_fields(row: Mapping[str, Any], definition: Mapping[str, Any], answer_is: AnswerIs) -> Fields:
+    audio, keys = definition["audio"], definition["choices"]
+    audio = _BRACED.sub(lambda match: str(_at(row, match[1])), audio) if "{" in audio else _at(row, audio)
+    choices = [_at(row, key) for key in keys] if isinstance(keys, list) else _at(row, keys)
+    if isinstance(choices, dict) and all(_LETTER.fullmatch(str(key)) for key in choices):
+        by_letter = {str(key).strip("().: ").upper(): choice for key, choice in choices.items()}
+        choices = [by_letter.get(chr(place)) for place in range(ord("A"), ord(max(by_letter, default="@")) + 1)]
+    if isinstance(choices, list):
+        while choices and choices[-1] is None:
+            choices.pop()
+        choices = [_text(choice) for choice in choices]
+    answer = _at(row, definition["answer"])
+    if answer_is in ("index0", "index1") and isinstance(choices, list) and answer is not None:
+        place = int(answer) - (answer_is == "index1") if str(answer).strip().isdecimal() else -1
+        answer = choices[place] if 0 <= place < len(choices) else f"no choice {answer}"
+    elif answer_is == "letter" and isinstance(choices, list):
+        named = _LETTER.fullmatch(str(answer).strip())
+        place = ord(named[1].upper()) - ord("A") if named else len(choices)
+        answer = answer if answer is None else choices[place] if place < len(choices) else f"no choice {answer}"
+    elif answer is not None:
+        answer = _text(answer)
+    return Fields(_at(row, definition.get("id", "id")), audio, _at(row, definition["question"]), choices or [], answer)
+
+
+def _at(row: Mapping[str, Any], key: str) -> Any:
+    """The value of a key; of `a.b` where there is no such key, b within a."""
+    if key in row or "." not in key:
+        return row.get(key)
+    first, _, rest = key.partition(".")
+    inner = row.get(first)
+    return _at(inner, rest) if isinstance(inner, Mapping) else None
+
+
 @dataclass(frozen=True)
 class Item:
     """One question. `audios` are relative to the audio root, `answer` is None where withheld. `row` is as published,
@@ -228,8 +365,7 @@ class Questions:
 
 def load_benchmark(name: str, root: str | Path) -> Questions:
     """The rows of a published benchmark under its root folder. Raises BenchmarkError."""
-    if name not in BENCHMARKS:
-        raise BenchmarkError(f"no benchmark {name!r}: {', '.join(BENCHMARKS)}, or a manifest with --audio-qa")
+    name = benchmark_name(name)
     benchmark = BENCHMARKS[name]
     files = [Path(root) / file for file in benchmark.files]
     file = next((file for file in files if file.is_file()), None)
@@ -261,6 +397,8 @@ def _items(name: str, file: Path) -> Iterator[Item]:
     seen: set[str] = set()
     for where, row in _rows(file):
         item = _item(row, read(row), where, may_be_open=benchmark is not None and benchmark.may_be_open)
+        if benchmark is not None and benchmark.definition is not None:
+            item = replace(item, row=_overridden(item.row, {"question": item.question, "answer": item.answer}))
         if item.id in seen:
             raise BenchmarkError(f"{where}: the id {item.id!r} was there before; ids must be unique to resume by them")
         seen.add(item.id)
@@ -269,16 +407,19 @@ def _items(name: str, file: Path) -> Iterator[Item]:
 
 def breakdowns_of(name: str | None, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The fields to break scores down by: the benchmark's own, guessed where it is none of ours."""
-    return BENCHMARKS[name].breakdowns if name in BENCHMARKS else guess_breakdowns(rows)
+    known = BENCHMARKS[name].breakdowns if name in BENCHMARKS else ()
+    is_published = name in BENCHMARKS and BENCHMARKS[name].definition is None
+    return known if known or is_published else guess_breakdowns(rows)
 
 
 def labels(row: Mapping[str, Any], field: str) -> list[str]:
     """The labels of a row under `field`, of the row itself or of its `meta`. A list counts under each of its labels."""
     meta = row.get("meta")
-    value = row[field] if field in row else meta.get(field) if isinstance(meta, Mapping) else None
+    value = _at(row, field)
+    if value is None and field not in row and isinstance(meta, Mapping):
+        value = _at(meta, field)
     values = value if isinstance(value, list) else [value]
-    named = [str(value) for value in dict.fromkeys(values) if value not in (None, "")]
-    return named or [NO_LABEL]
+    return list(dict.fromkeys(str(value) for value in values if value not in (None, ""))) or [NO_LABEL]
 
 
 def guess_breakdowns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -338,7 +479,7 @@ def _list_rows(text: str, file: Path) -> Iterator[tuple[int, Any]]:
         number += 1
         try:
             row, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BenchmarkError(f"{file}, row {number}: not JSON ({error})") from error
         yield number, row
         place = _skip_blanks(text, place)
@@ -362,7 +503,7 @@ def _line_rows(lines: Iterable[str], file: Path) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BenchmarkError(f"{file}, line {number}: not JSON ({error})") from error
 
 
@@ -384,8 +525,16 @@ def _item(row: dict[str, Any], fields: Fields, where: str, *, may_be_open: bool)
     if not isinstance(answer, (str, type(None))):
         raise BenchmarkError(f"{where}: 'answer' must be the text of a choice, not {answer!r}")
     ours = {"id": fields.id, "choices": choices, "answer": answer}
-    row = row | {key: value for key, value in ours.items() if row.get(key) is None and value is not None}
+    row = _overridden(row, {key: value for key, value in ours.items() if value is not None})
     return Item(str(fields.id), tuple(audios), fields.question, tuple(choices), answer or None, row)
+
+
+def _overridden(row: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with the values that are asked and scored; what it calls by their names is kept under `as_published`."""
+    changed = {key: row[key] for key, value in ours.items() if row.get(key) is not None and row[key] != value}
+    before = row.get("as_published")
+    published = {**(before if isinstance(before, dict) else {}), **changed}
+    return {**row, **ours, **({"as_published": published} if changed else {})}
 
 
 def audio_problem(item: Item, root: Path) -> str | None:
@@ -408,7 +557,7 @@ def odd_rows(items: Iterable[Item]) -> Counter[str]:
         found["that list a choice twice"] += len(set(item.choices)) < len(item.choices)
         found["of several audio files, heard one after another"] += len(item.audios) > 1
         found["without an answer: withheld, not scored here"] += item.answer is None
-        found["whose answer is none of the choices: always wrong"] += bool(
+        found["whose answer is none of the choices: always wrong by the strict rule"] += bool(
             item.answer and item.choices and item.answer not in item.choices
         )
     return +found
@@ -426,15 +575,17 @@ def list_benchmarks() -> None:
 
 @app.command()
 def check(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}; or a YAML file of your own.")],
     benchmark_root: Annotated[Path, typer.Option(help="Its folder, in the official layout.")],
 ) -> None:
     """What of a benchmark is there, what is missing, and where it is got from.
 
     Exit status: 0 all is there, 1 something is missing or cannot be used, 2 wrong usage.
     """
-    if name not in BENCHMARKS:
-        raise typer.BadParameter(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    try:
+        name = benchmark_name(name)
+    except BenchmarkError as error:
+        raise typer.BadParameter(str(error)) from None
     benchmark, console = BENCHMARKS[name], Console(highlight=False, soft_wrap=True)
     try:
         questions = load_benchmark(name, benchmark_root)

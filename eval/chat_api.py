@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import hashlib
 import io
-import json
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic_core
 import soundfile
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,6 +29,8 @@ from echo_plugins.relisten.prompt import Mode
 MAX_TEXT_CHARS = 100_000
 # A few kilobytes of FLAC can hold hours of silence. 256 MiB are 5 minutes of 96 kHz stereo.
 MAX_DECODED_BYTES = 256 * 2**20
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 class ApiError(Exception):
@@ -39,7 +42,7 @@ class ApiError(Exception):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
 
 class TextPart(_Part):
@@ -72,16 +75,19 @@ Part = Annotated[TextPart | InputAudioPart | AudioUrlPart, Field(discriminator="
 class Message(_Part):
     role: Literal["system", "developer", "user"]
     content: str | list[Part]
+    name: str | None = None  # of the participant: nothing hears it
 
 
 class StreamOptions(_Part):
     include_usage: bool = False
+    include_obfuscation: bool = False  # blanks that hide the length of a chunk: there are none
 
 
 class ChatRequest(BaseModel):
-    """The fields that are obeyed; those after `stream_options` are Echo's own. Of the rest see `_NOT_DONE`."""
+    """The fields that are obeyed; those after `stream_options` are Echo's own. Every other one is refused, but for
+    `_NO_MATTER` and the values in `_NOT_DONE`."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     model: str
     messages: list[Message]
@@ -97,7 +103,15 @@ class ChatRequest(BaseModel):
     min_segment_seconds: float | None = Field(None, gt=0)
 
 
-# Fields of OpenAI's that would change the answer, and the values that ask for nothing.
+# Fields that change no answer.
+_NO_MATTER = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "parallel_tool_calls", "request_id", "priority", "cache_salt"),
+    }
+)
+
+# Fields of OpenAI's and vLLM's that would change the answer, and the values that ask for nothing; null always does.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "stop": ([], ""),
@@ -112,6 +126,33 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 0),
     "min_p": (0,),
     "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "function_call": ("none", "auto"),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
 
 
@@ -123,23 +164,34 @@ class Clip:
     name: str
 
 
-def read_request(content: bytes) -> ChatRequest:
+def read_request(content: bytes | bytearray) -> ChatRequest:
     """The request in a body. Raises ApiError."""
     try:
-        fields = json.loads(content)
+        # Refuses what Python's own reader takes and others cannot handle: lone surrogates, deep nesting, NaN.
+        fields = pydantic_core.from_json(content, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:  # bytes that are no UTF-8 too
         raise ApiError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ApiError(f"the body is not a JSON object but {type(fields).__name__}")
-    for name, harmless in _NOT_DONE.items():
-        if fields.get(name) is not None and fields[name] not in harmless:
+    known = ChatRequest.model_fields.keys()
+    for name in fields.keys() - known - _NO_MATTER:
+        if name not in _NOT_DONE:
+            raise ApiError(f"{name[:80]!r} is no parameter here{_meant(name)}; what is not known is not ignored")
+        if fields[name] is not None and fields[name] not in _NOT_DONE[name]:
             raise ApiError(f"{name!r} is not supported: leave it out")
     try:
-        return ChatRequest.model_validate(fields)
+        return ChatRequest.model_validate(
+            {name: fields[name] for name in fields.keys() & ChatRequest.model_fields.keys()}
+        )
     except ValidationError as error:
         # Where and why; never the value, which may be megabytes of audio.
         told = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
         raise ApiError("; ".join(told)) from error
+
+
+def _meant(name: str) -> str:
+    found = difflib.get_close_matches(name[:80], ChatRequest.model_fields, n=1)
+    return f": is {found[0]!r} meant?" if found else ""
 
 
 def question_and_audio(request: ChatRequest) -> tuple[str, InputAudioPart | AudioUrlPart]:
@@ -165,16 +217,16 @@ def _parts(message: Message) -> list[TextPart | InputAudioPart | AudioUrlPart]:
     return message.content
 
 
-def read_clip(part: InputAudioPart | AudioUrlPart, audio_root: Path | None, max_seconds: float) -> Clip:
-    """Fetch and decode the clip of a request. Raises ApiError."""
+def read_clip(part: InputAudioPart | AudioUrlPart, audio_root: Path | None, max_seconds: float, max_bytes: int) -> Clip:
+    """Fetch and decode the clip of a request; of a file at most `max_bytes`. Raises ApiError."""
     if isinstance(part, InputAudioPart):
         data = part.input_audio.data
         # Some clients put a whole data: URL where OpenAI's take bare base64.
-        content = _of_data_url(data) if data.startswith("data:") else _base64(data)
-    elif part.audio_url.url.startswith("data:"):
+        content = _of_data_url(data) if _is_data_url(data) else _base64(data)
+    elif _is_data_url(part.audio_url.url):
         content = _of_data_url(part.audio_url.url)
     else:
-        content = _of_file_url(part.audio_url.url, audio_root)
+        content = _of_file_url(part.audio_url.url, audio_root, max_bytes)
     try:
         _refuse_long(content, max_seconds)
         waveform = audio.load(content)
@@ -198,21 +250,27 @@ def _refuse_long(content: bytes, max_seconds: float) -> None:
         raise ApiError(f"the clip has {size:,} bytes when decoded, and {MAX_DECODED_BYTES:,} are allowed", 413)
 
 
+def _is_data_url(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
 def _of_data_url(url: str) -> bytes:
     header, comma, data = url.partition(",")
-    if not comma or not header.endswith(";base64"):
+    if not comma or not header.lower().endswith(";base64"):
         raise ApiError("a data: URL of a clip is data:audio/wav;base64,....")
     return _base64(data)
 
 
 def _base64(data: str) -> bytes:
+    """The bytes of base64, plain or URL-safe, with or without line breaks and padding."""
     try:
-        return base64.b64decode(data, validate=True)
+        compact = data.encode("ascii").translate(_URL_SAFE, b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ApiError(f"the clip is not base64: {error}") from error
 
 
-def _of_file_url(url: str, audio_root: Path | None) -> bytes:
+def _of_file_url(url: str, audio_root: Path | None, max_bytes: int) -> bytes:
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:
@@ -222,8 +280,12 @@ def _of_file_url(url: str, audio_root: Path | None) -> bytes:
     if audio_root is None:
         raise ApiError("file: URLs are off: this server was started without --audio-root")
     try:
-        return audio.resolve_path(audio_root, urllib.parse.unquote(parts.path)).read_bytes()
+        with audio.resolve_path(audio_root, urllib.parse.unquote(parts.path)).open("rb") as file:
+            content = file.read(max_bytes + 1)
     except audio.OutsideRootError as error:
         raise ApiError("the file: URL is not under this server's --audio-root", 403) from error
     except (audio.AudioError, OSError) as error:
         raise ApiError("the file: URL names no file that can be read", 404) from error
+    if len(content) > max_bytes:
+        raise ApiError(f"the file of the file: URL has more than the {max_bytes:,} bytes that are allowed", 413)
+    return content

@@ -3,12 +3,14 @@
     python -m eval.compare BEFORE.jsonl AFTER.jsonl [--json FILE] [--rows CHANGED.jsonl] [--markdown FILE.md]
 
 Pairs of rows are compared, so that questions which both find easy or hard do not blur the difference: McNemar's exact
-test on the rows where just one is right, and a 95% bootstrap interval of the difference.
+test on the rows where just one is right, and Tango's 95% interval of the difference. Rows of one recording
+count together.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .benchmarks import labels
-from .predictions import PredictionsError, write_whole
+from .predictions import PredictionsError, json_line, write_whole
 from .score import RULES, Graded, Predicted, answer_of, grade_all, load
-from .stats import difference_interval, mcnemar
+from .stats import difference_interval, effective_size, mcnemar
 
 SHOWN = 10  # changed rows on the screen; --rows has all of them
 
@@ -82,8 +84,14 @@ def pair_up(before: Predicted, after: Predicted) -> list[Pair]:
     return pairs
 
 
-def paired(verdicts: Sequence[tuple[bool, bool]]) -> Paired:
+def paired(verdicts: Sequence[tuple[bool, bool]], recordings: Sequence[str]) -> Paired:
+    """What pairs of verdicts say. `recordings`: of each pair, since rows of one are not independent."""
     total = len(verdicts)
+    changes = [after - before for before, after in verdicts]
+    by_recording: Counter[str] = Counter()
+    for recording, change in zip(recordings, changes, strict=True):
+        by_recording[recording] += change
+    worth = effective_size(changes, recordings) / total
     only_before = sum(before and not after for before, after in verdicts)
     only_after = sum(after and not before for before, after in verdicts)
     return Paired(
@@ -93,8 +101,8 @@ def paired(verdicts: Sequence[tuple[bool, bool]]) -> Paired:
         only_before,
         only_after,
         (only_after - only_before) / total,
-        difference_interval(only_before, only_after, total),
-        mcnemar(only_before, only_after),
+        difference_interval(only_before * worth, only_after * worth, total * worth),
+        mcnemar(list(by_recording.values())),
     )
 
 
@@ -102,20 +110,25 @@ def compare(pairs: Sequence[Pair], breakdowns: Sequence[str]) -> dict[str, Any]:
     """By rule, over all rows and by each breakdown. A rule that scores no row is None."""
     summary: dict[str, Any] = {"rows": len(pairs)}
     for rule in RULES:
-        scored = [(pair, verdicts) for pair in pairs if (verdicts := pair.verdicts(rule)) is not None]
-        by: dict[str, dict[str, list[tuple[bool, bool]]]] = {field: {} for field in breakdowns}
-        for pair, verdicts in scored:
+        scored = [pair for pair in pairs if pair.verdicts(rule) is not None]
+        by: dict[str, dict[str, list[Pair]]] = {field: {} for field in breakdowns}
+        for pair in scored:
             for field in breakdowns:
                 for label in labels(pair.before_row, field):
-                    by[field].setdefault(label, []).append(verdicts)
+                    by[field].setdefault(label, []).append(pair)
         summary[rule] = None
         if scored:
-            summary[rule] = asdict(paired([verdicts for _, verdicts in scored]))
+            summary[rule] = asdict(_paired(scored, rule))
             summary[rule]["by"] = {
-                field: {label: asdict(paired(groups[label])) for label in sorted(groups)}
+                field: {label: asdict(_paired(groups[label], rule)) for label in sorted(groups)}
                 for field, groups in by.items()
             }
     return summary
+
+
+def _paired(pairs: Sequence[Pair], rule: str) -> Paired:
+    verdicts = [verdicts for pair in pairs if (verdicts := pair.verdicts(rule)) is not None]
+    return paired(verdicts, [pair.before.recording or pair.before.id for pair in pairs])
 
 
 def changed_rows(pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
@@ -156,7 +169,7 @@ def main(
         if json_file:
             write_whole(json_file, json.dumps({**summary, "changed": len(changed)}, indent=2) + "\n")
         if rows_file:
-            write_whole(rows_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changed))
+            write_whole(rows_file, map(json_line, changed))
         lines = list(_lines(summary))
         if markdown:
             write_whole(markdown, _markdown(lines, f"{before} -> {after}"))

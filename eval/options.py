@@ -14,21 +14,22 @@ from .engine import EngineSettings
 DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/kfd"))  # without one of them torch, slow to import, sees no GPU
 
 
-class EngineArg(NamedTuple):
-    """What one --engine-arg says."""
+class KeyValue(NamedTuple):
+    """What one KEY=JSON says."""
 
     name: str
     value: Any
 
 
-def _engine_arg(pair: str) -> EngineArg:
+def key_value(pair: str) -> KeyValue:
+    """`KEY=JSON`; what is no JSON is text."""
     name, equals, value = pair.partition("=")
     if not name or not equals:
-        raise typer.BadParameter(f"{pair!r} is not KEY=JSON, such as max_num_batched_tokens=4096")
+        raise typer.BadParameter(f"{pair!r} is not KEY=JSON, such as max_tokens=4096")
     try:
-        return EngineArg(name, json.loads(value))
+        return KeyValue(name, json.loads(value))
     except json.JSONDecodeError:
-        return EngineArg(name, value)
+        return KeyValue(name, value)
 
 
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
@@ -41,8 +42,8 @@ MaxNumSeqsOption = Annotated[int | None, typer.Option(min=1, help="Trajectories 
 GpuMemoryOption = Annotated[float, typer.Option(min=0.1, max=1.0)]
 CpuKvCacheOption = Annotated[float, typer.Option(min=0.01)]
 EngineArgOption = Annotated[
-    list[EngineArg] | None,
-    typer.Option(parser=_engine_arg, metavar="KEY=JSON", help="Any other argument of vLLM's AsyncEngineArgs."),
+    list[KeyValue] | None,
+    typer.Option(parser=key_value, metavar="KEY=JSON", help="Any other argument of vLLM's AsyncEngineArgs."),
 ]
 
 
@@ -67,7 +68,7 @@ def engine_settings(
     num_gpus: int,
     max_segments: int,
     tensor_parallel: int,
-    engine_arg: Sequence[EngineArg] | None,
+    engine_arg: Sequence[KeyValue] | None,
     **same_names: Any,
 ) -> EngineSettings:
     """What the options above come to. `num_gpus` is what there is, 0 for the CPU."""

@@ -30,9 +30,10 @@ from echo_plugins.relisten.transcript import official_match
 
 from .benchmarks import BenchmarkError, Item, breakdowns_of, labels, load_questions
 from .judge import Case, criteria_of, read_verdict, request
+from .options import KeyValue, key_value
 from .predictions import PredictionsError, read_rows, read_sidecar, write_whole
 from .progress import progress
-from .score import answer_of
+from .score import answer_of, predicted_of
 
 JUDGEMENTS = 5  # of each item
 MAX_CHARS = 10_000  # the challenge: fewer than this, of the thinking and of the answer
@@ -94,9 +95,11 @@ def main(
     ] = None,
     judgements: Annotated[int, typer.Option(min=1, help="Judgements of each item; the rules speak of 5.")] = JUDGEMENTS,
     judge_arg: Annotated[
-        list[str] | None,
+        list[KeyValue] | None,
         typer.Option(
-            metavar="KEY=JSON", help="Another field of the judge's request, such as max_tokens=2000; null drops one."
+            parser=key_value,
+            metavar="KEY=JSON",
+            help="Another field of the judge's request, such as max_tokens=2000; null drops one.",
         ),
     ] = None,
     key_variable: Annotated[str, typer.Option(help="Environment variable that holds the judge's key.")] = KEY_VARIABLE,
@@ -118,7 +121,7 @@ def main(
     answers only. Thinking of 10,000 characters or more is not allowed by the challenge, whose script warns and judges
     it all the same: so does this command, unless --zero-long is given.
     """
-    overrides = _overrides(judge_arg or [])
+    overrides = dict(judge_arg or ())
     limits = Limits(
         concurrency, requests_per_minute, timeout_seconds, max_attempts=attempts, max_unusable=min(attempts, 3)
     )
@@ -165,7 +168,9 @@ def main(
 def load(predictions: Path, rubrics: Path, name: str) -> list[Candidate]:
     """Every item of the rubrics file with what is predicted for it. Raises PredictionsError, BenchmarkError."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in read_rows(predictions):
+    for number, row in read_rows(predictions, ours=read_sidecar(predictions) is not None):
+        if row.get("id") is None:
+            raise PredictionsError(f"{predictions}, line {number}: not a row with an id")
         if str(row["id"]) in rows:
             raise PredictionsError(f"{predictions}, line {number}: row {row['id']!r} is there twice")
         rows[str(row["id"])] = row
@@ -179,6 +184,8 @@ def load(predictions: Path, rubrics: Path, name: str) -> list[Candidate]:
 
 def _candidate(item: Item, row: Mapping[str, Any], rubrics: Path) -> Candidate:
     thinking, said = row.get("thinking_prediction") or "", answer_of(row)
+    if not isinstance(predicted_of(row), (str, type(None))):
+        raise PredictionsError(f"row {item.id!r}: the prediction must be text, not {predicted_of(row)!r}")
     if not isinstance(thinking, str):
         raise PredictionsError(f"row {item.id!r}: 'thinking_prediction' must be text, not {thinking!r}")
     meta = item.row.get("meta")
@@ -365,19 +372,6 @@ def _report(judged: Sequence[Judged], replies: Sequence[Sequence[Reply]], client
 def _models(replies: Sequence[Sequence[Reply]]) -> list[str]:
     """The names that the server gave: which snapshot judged."""
     return sorted({reply.model for each in replies for reply in each if reply.model})
-
-
-def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    overrides: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"--judge-arg {pair!r} is not KEY=JSON, such as max_tokens=2000")
-        try:
-            overrides[key] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[key] = value
-    return overrides
 
 
 def _some(ids: Sequence[str] | Mapping[str, Any]) -> str:

@@ -3,19 +3,19 @@
     python -m eval.score OUT.jsonl [--json TOTALS.json] [--rows ROWS.jsonl] [--official FILE.json]
                                    [--markdown FILE.md] [--latex FILE.tex]
 
-The denominator is the benchmark: a row that is missing, failed, or has no answer is wrong, and counted as such.
-Accuracies are fractions; tables show per cent. Intervals are 95%: Wilson's, and of a mean over groups the bootstrap's.
+The denominator is all that was asked: a row that is missing, failed, or has no answer is wrong, and counted as such.
+Accuracies are fractions; tables show per cent. Intervals are 95%, and wider where rows share a recording: see stats.py.
 Two models on the same rows: `python -m eval.compare`. Several runs of one model: `python -m eval.runs`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,14 +23,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from echo_plugins.recording import recording_of
 from echo_plugins.relisten.transcript import choice_letter, named_choice, official_match
 
-from .benchmarks import AUDIO_QA, BENCHMARKS, BenchmarkError, Rule, breakdowns_of, labels, load_questions
-from .predictions import PredictionsError, read_rows, read_sidecar, sidecar_path, write_whole
-from .stats import macro_interval, wilson
+from .benchmarks import (
+    AUDIO_QA,
+    BENCHMARKS,
+    BenchmarkError,
+    Questions,
+    Rule,
+    breakdowns_of,
+    labels,
+    load_questions,
+)
+from .predictions import (
+    PredictionsError,
+    json_line,
+    read_rows,
+    read_sidecar,
+    recorded_paths,
+    sidecar_path,
+    to_json,
+    write_whole,
+)
+from .stats import effective_size, mean_interval, wilson
 
 PREDICTION_KEYS = ("answer_prediction", "model_prediction", "model_output")
 RULES: tuple[Literal["official", "strict"], ...] = ("official", "strict")
+UNKNOWN_LABEL = "(unknown)"  # of rows that are missing where the questions are not there to say what they are
+SHOWN = 5  # rows named in a message
 
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -66,18 +87,24 @@ OFFICIAL_RULES: Mapping[Rule, Callable[[str, str, Sequence[str]], bool]] = {
 
 @dataclass(frozen=True)
 class Graded:
-    """The verdicts on one row; None where it cannot be scored: the answer is withheld, the question is an open one, or
-    (official only) the rule is none of ours."""
+    """The verdicts on one row. None: the answer is withheld, the row cannot be used, the question is open (strict
+    only), or the rule is none of ours (official only).
+
+    `recording`: what the row is cut from; rows of one are not independent. `problem`: why the row cannot be used.
+    """
 
     id: str
     official: bool | None
     strict: bool | None
     answered: bool
+    recording: str = ""
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Rows and what is right of them; fractions of `scored`, the rows that have a key, with their intervals."""
+    """Rows and what is right of them; fractions of the rows that the rule has a verdict on, with their intervals.
+    `scored`: how many those are by the rule that has more of them."""
 
     total: int
     scored: int
@@ -91,7 +118,8 @@ class Tally:
 @dataclass(frozen=True)
 class Predicted:
     """The rows to score. `missing`: ids that the benchmark has and the predictions lack; their rows are there, empty.
-    `num_unknown`: rows that are missing too, of which nothing but their number is known."""
+    `num_unknown`: rows that are missing too, of which nothing but their number is known. `num_questions`: how many rows
+    the benchmark has, None where that is not known."""
 
     benchmark: str | None
     sha256: str | None
@@ -100,6 +128,7 @@ class Predicted:
     missing: list[str]
     num_unknown: int
     shuffled: int | None = None
+    num_questions: int | None = None
 
     @property
     def rule(self) -> Rule:
@@ -111,63 +140,97 @@ class Predicted:
         return known.get(self.sha256 or "")
 
 
-def answer_of(row: Mapping[str, Any], where: str = "row") -> str:
-    """What the row predicts, "" when it predicts nothing."""
-    for key in PREDICTION_KEYS:
-        value = row.get(key)
-        if isinstance(value, str):
-            return value.strip()
-        if value is not None:
-            raise PredictionsError(f"{where} {row.get('id')!r}: {key!r} must be text, not {value!r}")
-    return ""
+def answer_of(row: Mapping[str, Any]) -> str:
+    """What the row predicts, "" when it predicts nothing, or nothing that is text (see `problem_of`)."""
+    value = predicted_of(row)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def predicted_of(row: Mapping[str, Any]) -> Any:
+    """The prediction as it stands in the row, None when there is none."""
+    return next((row[key] for key in PREDICTION_KEYS if row.get(key) is not None), None)
 
 
 def chosen(row: Mapping[str, Any], prediction: str | None = None) -> str | None:
     """The text of the one choice that the row's prediction names, strictly; None when it names none or several."""
+    return named_choice(answer_of(row) if prediction is None else prediction, _choices(row))
+
+
+def _choices(row: Mapping[str, Any]) -> list[str]:
     choices = row.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise PredictionsError(f"row {row['id']!r}: 'choices' must be a list of texts, not {choices!r}")
-    return named_choice(answer_of(row) if prediction is None else prediction, choices)
+    return choices if isinstance(choices, list) and all(isinstance(choice, str) for choice in choices) else []
+
+
+def problem_of(row: Mapping[str, Any]) -> str | None:
+    """Why no script could score the row, None when it can be."""
+    choices, answer, predicted = row.get("choices"), row.get("answer"), predicted_of(row)
+    if not isinstance(choices, list) or _choices(row) != choices:
+        return f"'choices' must be a list of texts, not {_shown(choices)}"
+    if not isinstance(answer, (str, type(None))):
+        return f"'answer' must be text, not {_shown(answer)}"
+    if not isinstance(predicted, (str, type(None))):
+        return f"the prediction must be text, not {_shown(predicted)}: it counts as wrong"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def grade(row: Mapping[str, Any], rule: Rule = "string_match") -> Graded:
-    """The verdicts on a row with `choices`, `answer` and a prediction."""
-    prediction, answer, named = answer_of(row), row.get("answer"), chosen(row)
-    if not answer or not row["choices"]:
-        return Graded(str(row["id"]), None, None, bool(prediction))
-    match = OFFICIAL_RULES.get(rule)
-    official = None if match is None else match(response_of(row, rule), answer, row["choices"])
-    strict = named is not None and named == chosen(row, answer)
-    return Graded(str(row["id"]), official, strict, bool(prediction))
+    """The verdicts on a row with `choices`, `answer` and a prediction. Never raises: what cannot be scored says why.
+
+    As in the official scripts, an empty answer has a verdict, and without choices the answer's words are what counts.
+    Without an answer there is no verdict.
+    """
+    prediction, answer, problem = answer_of(row), row.get("answer"), problem_of(row)
+    choices, match = _choices(row), OFFICIAL_RULES.get(rule)
+    official = strict = None
+    if isinstance(answer, str) and choices == row.get("choices"):
+        official = None if match is None else match(response_of(row, rule), answer, choices)
+        named = chosen(row)
+        strict = named is not None and named == chosen(row, answer) if choices else None
+    elif isinstance(answer, str) and rule == "string_match" and not official_match(prediction, "", ()):
+        official = False  # a prediction without a word: the script never looks at the choices
+    return Graded(str(row["id"]), official, strict, bool(prediction), recording_of(row), problem)
 
 
 def response_of(row: Mapping[str, Any], rule: Rule) -> str:
-    """What the official script of `rule` is given: the prediction, and where it wants a letter that of the choice which
-    the prediction names. Nothing is made of a prediction that names none."""
+    """The text for the official script of `rule`. For letter rules, the letter of the choice that the prediction names;
+    if it names none, the prediction as it is."""
     named = chosen(row) if rule in ("letter", "first_letter") else None
     return answer_of(row) if named is None else choice_letter(row["choices"].index(named))
 
 
-def tally(graded: Sequence[Graded], num_unknown: int = 0) -> Tally:
-    """Add up verdicts; `num_unknown` more rows were not answered."""
-    scored = sum(row.strict is not None for row in graded)
-    scored += num_unknown if scored else 0
+def tally(graded: Sequence[Graded]) -> Tally:
+    """Add up verdicts."""
     values: list[Any] = []
+    scored = 0
     for rule in RULES:
-        verdicts = [verdict for row in graded if (verdict := getattr(row, rule)) is not None]
-        right = sum(verdicts)
-        values += [right / scored, wilson(right, scored)] if verdicts else [None, None]
-    return Tally(len(graded) + num_unknown, scored, sum(not row.answered for row in graded) + num_unknown, *values)
+        found = [(verdict, row.recording or row.id) for row in graded if (verdict := getattr(row, rule)) is not None]
+        verdicts, size = [verdict for verdict, _ in found], len(found)
+        scored, right = max(scored, size), sum(verdicts)
+        interval = wilson(right, size, effective_size(verdicts, [recording for _, recording in found]))
+        values += [right / size, interval] if found else [None, None]
+    return Tally(len(graded), scored, sum(not row.answered for row in graded), *values)
+
+
+def unknown_rows(predicted: Predicted, graded: Sequence[Graded]) -> list[Graded]:
+    """The rows of which only their number is known: wrong by each rule that has a verdict on any other."""
+    official, strict = (None if all(getattr(row, rule) is None for row in graded) else False for rule in RULES)
+    return [Graded(f"unknown {number}", official, strict, False) for number in range(predicted.num_unknown)]
 
 
 def load(file: Path) -> Predicted:
     """The predictions in `file`, with the rows that its benchmark has and it lacks. Raises PredictionsError."""
     rows: dict[str, dict[str, Any]] = {}
-    for number, row in read_rows(file):
+    sidecar = read_sidecar(file)
+    for number, row in read_rows(file, ours=sidecar is not None):
+        if row.get("id") is None:
+            row = {**row, "id": f"line {number}"}
         if str(row["id"]) in rows:
             raise PredictionsError(f"{file}, line {number}: row {row['id']!r} is there twice")
         rows[str(row["id"])] = row
-    sidecar = read_sidecar(file)
     if sidecar is None:
         if not rows:
             raise PredictionsError(f"{file}: no rows in it")
@@ -175,25 +238,42 @@ def load(file: Path) -> Predicted:
         return Predicted(None, None, found, breakdowns_of(None, found), [], 0)
     identity, num_rows, ids = sidecar["identity"], sidecar["num_rows"], frozenset(sidecar.get("ids", ()))
     name, sha256, shuffled = identity["benchmark"], identity["questions_sha256"], identity.get("shuffle_choices")
-    try:
-        questions = load_questions(name, sidecar["questions"])
-    except BenchmarkError:
-        questions = None
-    if questions is None or questions.sha256 != sha256:
+    questions = _questions(sidecar, file)
+    if questions is None:
         # The questions are elsewhere or others by now: what is missing can be counted, but not broken down.
         found = list(rows.values())
         return Predicted(
             name, sha256, found, breakdowns_of(name, found), [], max(0, num_rows - len(rows)), shuffled=shuffled
         )
-    asked = itertools.islice((item for item in questions if not ids or item.id in ids), num_rows)
-    expected = {item.id: item.row for item in asked}
+    asked = {item.id for item in itertools.islice((item for item in questions if not ids or item.id in ids), num_rows)}
+    # A row that is there was asked too, whatever the sidecar of an older version forgot.
+    expected = {item.id: item.row for item in questions if item.id in asked or item.id in rows}
+    if strangers := [row_id for row_id in rows if row_id not in expected]:
+        raise PredictionsError(
+            f"{file}: {len(strangers)} rows are no rows of {questions.file}, such as {strangers[0]!r}: take them out"
+        )
     whole = [rows.get(row_id, row) for row_id, row in expected.items()]
     missing = [row_id for row_id in expected if row_id not in rows]
-    return Predicted(name, sha256, whole, breakdowns_of(name, whole), missing, 0, shuffled=shuffled)
+    return Predicted(name, sha256, whole, breakdowns_of(name, whole), missing, 0, shuffled, questions.num_rows)
+
+
+def _questions(sidecar: Mapping[str, Any], file: Path) -> Questions | None:
+    """The questions that were asked, where a file that `sidecar` names still holds them unchanged."""
+    identity = sidecar["identity"]
+    for path in recorded_paths(sidecar, "questions", file):
+        with contextlib.suppress(BenchmarkError):
+            questions = load_questions(identity["benchmark"], path)
+            if questions.sha256 == identity["questions_sha256"]:
+                return questions
+    return None
 
 
 def grade_all(predicted: Predicted) -> list[Graded]:
-    return [grade(row, predicted.rule) for row in predicted.rows]
+    """The verdicts on all rows. Where no row has an answer that is not empty, the answers are withheld: no verdicts."""
+    graded = [grade(row, predicted.rule) for row in predicted.rows]
+    if any(row.get("answer") for row in predicted.rows):
+        return graded
+    return [replace(verdict, official=None, strict=None) for verdict in graded]
 
 
 def groups_of(
@@ -209,23 +289,31 @@ def groups_of(
 
 def totals(predicted: Predicted, graded: Sequence[Graded]) -> dict[str, Any]:
     """Totals, breakdowns, the macro mean over the first of them, and what became of segments."""
+    unknown = unknown_rows(predicted, graded)
     by: dict[str, dict[str, Tally]] = {}
     for field in predicted.breakdowns:
         groups = groups_of(predicted, graded, lambda row, field=field: labels(row, field))
         by[field] = {label: tally(groups[label]) for label in sorted(groups)}
-    overall = tally(graded, predicted.num_unknown)
+        if unknown:
+            by[field][UNKNOWN_LABEL] = tally([*groups.get(UNKNOWN_LABEL, []), *unknown])
+    overall = tally([*graded, *unknown])
     heard = groups_of(predicted, graded, lambda row: [str(_num_inserted(row))])
+    stop_reasons = Counter(str(row["stop_reason"]) for row in predicted.rows if "stop_reason" in row)
     return {
         "benchmark": predicted.benchmark,
         "revision": predicted.revision,
         "questions_sha256": predicted.sha256,
         "rule": predicted.rule,
+        "questions": predicted.num_questions,
         **asdict(overall),
-        **_macro(list(by[predicted.breakdowns[0]].values()) if by else [overall]),
+        **_macro([] if unknown else list(by[predicted.breakdowns[0]].values()) if by else [overall]),
         "macro_over": predicted.breakdowns[0] if predicted.breakdowns else None,
+        "recordings": len({row.recording or row.id for row in [*graded, *unknown]}),
         "missing": len(predicted.missing) + predicted.num_unknown,
-        "errors": sum(row.get("stop_reason") == "error" for row in predicted.rows),
-        "stop_reasons": dict(Counter(row["stop_reason"] for row in predicted.rows if "stop_reason" in row)),
+        "errors": stop_reasons["error"],
+        "unusable": [row.id for row in graded if row.problem is not None],
+        "no_key": [row.id for row in graded if row.problem is None and row.official is None and row.strict is None],
+        "stop_reasons": dict(stop_reasons),
         "segments": _segments(predicted.rows),
         "by": {field: {label: asdict(group) for label, group in groups.items()} for field, groups in by.items()},
         "by_clips": {number: asdict(tally(heard[number])) for number in sorted(heard, key=int)},
@@ -233,30 +321,39 @@ def totals(predicted: Predicted, graded: Sequence[Graded]) -> dict[str, Any]:
 
 
 def _macro(groups: Sequence[Tally]) -> dict[str, Any]:
-    """The mean of the groups' accuracies by either rule, and its interval. A group without a key has none."""
+    """The mean of the groups' accuracies by either rule, and its interval. A group without a key has none; where some
+    rows' groups are not known there is no mean."""
     found: dict[str, Any] = {}
     for rule, name in (("official", "macro"), ("strict", "macro_strict")):
         shares = [
-            (accuracy, group.scored) for group in groups if (accuracy := getattr(group, f"{rule}_accuracy")) is not None
+            (accuracy, getattr(group, f"{rule}_interval"))
+            for group in groups
+            if (accuracy := getattr(group, f"{rule}_accuracy")) is not None
         ]
-        counts = [(round(accuracy * scored), scored) for accuracy, scored in shares]
         found[f"{name}_accuracy"] = statistics.fmean(accuracy for accuracy, _ in shares) if shares else None
-        found[f"{name}_interval"] = macro_interval(counts) if shares else None
+        found[f"{name}_interval"] = mean_interval(shares) if shares else None
     return found
 
 
+def _segments_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    segments = row.get("segments")
+    return [each for each in segments if isinstance(each, Mapping)] if isinstance(segments, list) else []
+
+
 def _num_inserted(row: Mapping[str, Any]) -> int:
-    return sum(bool(segment.get("inserted")) for segment in row.get("segments") or [])
+    return sum(bool(segment.get("inserted")) for segment in _segments_of(row))
 
 
 def _segments(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Tags named, clips inserted and their length, refusals by reason, and rows that heard at least one clip."""
-    named = [segment for row in rows for segment in row.get("segments") or []]
-    seconds = [segment["end"] - segment["start"] for segment in named if segment.get("inserted")]
+    named = [segment for row in rows for segment in _segments_of(row)]
+    inserted = [segment for segment in named if segment.get("inserted")]
+    bounds: list[tuple[Any, Any]] = [(segment.get("start"), segment.get("end")) for segment in inserted]
+    seconds = [end - start for start, end in bounds if type(start) in (int, float) and type(end) in (int, float)]
     return {
         "named": len(named),
-        "inserted": len(seconds),
-        "refused": dict(Counter(segment["refusal"] for segment in named if segment.get("refusal"))),
+        "inserted": len(inserted),
+        "refused": dict(Counter(str(segment["refusal"]) for segment in named if segment.get("refusal"))),
         "rows_with_clips": sum(_num_inserted(row) > 0 for row in rows),
         "mean_seconds": round(statistics.fmean(seconds), 3) if seconds else None,
         "median_seconds": round(statistics.median(seconds), 3) if seconds else None,
@@ -287,9 +384,9 @@ def official_file(predicted: Predicted, file: Path) -> None:
     if file.suffix == ".parquet":
         _write_parquet(list(rows), file)
     elif file.suffix == ".jsonl":
-        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(file, map(json_line, rows))
     else:
-        write_whole(file, json.dumps(list(rows), ensure_ascii=False, indent=2) + "\n")
+        write_whole(file, to_json(list(rows), indent=2) + "\n")
 
 
 def _write_parquet(rows: list[dict[str, Any]], file: Path) -> None:
@@ -324,10 +421,15 @@ def main(
         predicted = load(predictions)
         graded = grade_all(predicted)
         summary = totals(predicted, graded)
+        problems = [(row.id, row.problem) for row in graded if row.problem is not None]
+        if len(problems) == len(graded) > 0:
+            raise PredictionsError(
+                f"{predictions}: no row can be scored. The first, {problems[0][0]!r}: {problems[0][1]}"
+            )
         if json_file:
-            write_whole(json_file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            write_whole(json_file, to_json(summary, indent=2) + "\n")
         if rows_file:
-            write_whole(rows_file, "".join(json.dumps(asdict(row)) + "\n" for row in graded))
+            write_whole(rows_file, map(json_line, map(_verdicts, graded)))
         if official:
             official_file(predicted, official)
         if markdown:
@@ -338,14 +440,25 @@ def main(
         _errors.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
     show(summary, predictions)
+    for row_id, problem in problems[:SHOWN]:
+        _errors.print(f"== row {row_id!r} cannot be used: {problem}", markup=False)
+    if len(problems) > SHOWN:
+        _errors.print(f"== ... and {len(problems) - SHOWN} more rows cannot be used", markup=False)
     if predicted.num_unknown:
         _errors.print(
             f"== {predicted.num_unknown} rows are missing, and the file of questions that "
-            f"{sidecar_path(predictions).name} names is not there unchanged: they count in the total only",
+            f"{sidecar_path(predictions).name} names is not there unchanged: they are wrong in the total and under "
+            f"{UNKNOWN_LABEL}, and there is no mean over groups",
             markup=False,
         )
     if official:
         _errors.print(f"for the official scorer: {official}", markup=False)
+
+
+def _verdicts(row: Graded) -> dict[str, Any]:
+    """A line of --rows."""
+    verdicts = {"id": row.id, "official": row.official, "strict": row.strict, "answered": row.answered}
+    return verdicts if row.problem is None else verdicts | {"problem": row.problem}
 
 
 HEADINGS = ("rows", "no answer", "official % (95%)", "strict % (95%)")
@@ -432,11 +545,24 @@ def _notes(summary: Mapping[str, Any]) -> str:
         + (f", {segments['mean_seconds']:.2f} s each on average" if segments["inserted"] else "")
         + (f", refused {refused}" if refused else "")
     ]
-    if without := summary["total"] - summary["scored"]:
-        notes.append(f"{without} rows have no key here (withheld answers, open questions): not in the accuracies")
+    if summary["unusable"]:
+        notes.append(f"{len(summary['unusable'])} rows cannot be used: {_some(summary['unusable'])}")
+    if summary["no_key"]:
+        what = "withheld answers, open questions"
+        notes.append(
+            f"{len(summary['no_key'])} rows have no key here ({what}), and no verdict: {_some(summary['no_key'])}"
+        )
+    if summary["questions"] is not None and summary["total"] < summary["questions"]:
+        notes.append(f"{summary['total']} of {summary['questions']} rows of the benchmark were asked")
+    if summary["recordings"] < summary["total"]:
+        notes.append(f"intervals are of {summary['recordings']} recordings: rows of one are not independent")
     if summary["rule"] == "nv_embed":
         notes.append("the official rule is an embedding model and judges: write the --official file for their script")
     return "\n".join(notes)
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from echo_plugins.audio import SAMPLING_RATE
 from echo_plugins.model import MAX_AUDIO_SECONDS
 from echo_plugins.relisten.prompt import Mode
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
@@ -60,6 +61,7 @@ from .predictions import segment_row
 
 KEY_VARIABLE = "ECHO_API_KEY"
 BODY_SECONDS = 60.0  # for a request's body to arrive
+BODY_COPIES = 3  # of a body in memory while it is read: its bytes, the text in them, the encoded clip
 DECODERS = 4  # threads; each may hold MAX_DECODED_BYTES
 CLIENT_GONE = 499  # nginx's number for it; only metrics see it
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -97,6 +99,7 @@ class ServerSettings:
     concurrency: int = 32
     max_waiting: int = 256
     max_body_bytes: int = 64 * 2**20
+    max_held_bytes: int = 4 * 2**30
     max_seconds: float = MAX_AUDIO_SECONDS
     split_thinking: bool = False
 
@@ -117,9 +120,35 @@ class Metrics:
 
 @dataclass
 class Ticket:
-    """A request that was taken. `status` is what became of it; 499 is a client that went away."""
+    """A request that was taken. `status` is what became of it; 499 is a client that went away. `held`: the bytes of
+    memory that are set aside for it."""
 
     status: int = 500
+    held: int = 0
+
+
+class Memory:
+    """The bytes that all requests together may take. What does not fit waits, before anything of its body is read."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.taken = total, 0
+        self._changed = asyncio.Event()
+
+    async def set_aside(self, ticket: Ticket, size: int) -> None:
+        """Wait until there is room for `size` bytes; a request for more than all of it gets all of it."""
+        size = min(size, self.total)
+        while self.taken + size > self.total:
+            await self._changed.wait()
+        ticket.held = size
+        self.taken += size
+
+    def keep(self, ticket: Ticket, size: int) -> None:
+        """Give back what a request has more than `size`."""
+        given = max(0, ticket.held - size)
+        ticket.held -= given
+        self.taken -= given
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 class Server:
@@ -132,6 +161,7 @@ class Server:
         self._engine = engine
         self._places = asyncio.Semaphore(settings.concurrency)
         self._open = 0
+        self.memory = Memory(settings.max_held_bytes)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode-audio")
 
     @contextlib.contextmanager
@@ -152,18 +182,22 @@ class Server:
             raise
         finally:
             self._open -= 1
+            self.memory.keep(ticket, 0)
             self.metrics.requests.labels(str(ticket.status)).inc()
             self.metrics.seconds.observe(time.monotonic() - started)
 
-    async def read(self, request: Request) -> tuple[ChatRequest, Completion]:
-        """A request, checked and decoded, and the completion that is to become of it. Raises ApiError."""
-        body = await self._body(request)
+    async def read(self, request: Request, ticket: Ticket) -> Completion:
+        """A request, checked and decoded, as the completion that is to become of it. Raises ApiError.
+
+        Of its bytes only the decoded clip is held from then on.
+        """
+        await self._set_aside(request, ticket)
         loop = asyncio.get_running_loop()
-        chat = await loop.run_in_executor(self._decoders, read_request, body)
+        chat = await loop.run_in_executor(self._decoders, read_request, await self._body(request))
         if chat.model != self.settings.model_name:
             raise ApiError(f"there is no model {chat.model[:80]!r} here but {self.settings.model_name!r}", 404)
         text, part = question_and_audio(chat)
-        limits = (self.settings.audio_root, self.settings.max_seconds)
+        limits = (self.settings.audio_root, self.settings.max_seconds, self.settings.max_body_bytes)
         clip = await loop.run_in_executor(self._decoders, read_clip, part, *limits)
         num_audio_tokens = self._engine.count_audio_tokens(len(clip.waveform))
         if num_audio_tokens < 1:
@@ -175,23 +209,39 @@ class Server:
             trajectory = self._engine.trajectory(Question(name, "", "", text, ()), len(clip.waveform), sampling)
         except ValueError as error:  # it does not fit
             raise ApiError(str(error)) from error
-        return chat, Completion(name, clip, sampling, trajectory, num_audio_tokens, self.settings)
+        self.memory.keep(ticket, clip.waveform.nbytes)
+        include_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        told = Told(chat.stream, include_usage)
+        return Completion(name, clip, sampling, trajectory, num_audio_tokens, self.settings, told)
 
-    async def _body(self, request: Request) -> bytes:
-        limit = self.settings.max_body_bytes
+    async def _set_aside(self, request: Request, ticket: Ticket) -> None:
+        """Memory for the body, its text and the clip in it. What does not say its length may have the most. Raises
+        ApiError."""
+        said = request.headers.get("content-length", "")
+        length = int(said) if said.isascii() and said.isdigit() else self.settings.max_body_bytes
+        if length > self.settings.max_body_bytes:
+            raise self._too_much()
+        waveform = round(self.settings.max_seconds * SAMPLING_RATE) * np.dtype(np.float32).itemsize
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                await self.memory.set_aside(ticket, max(waveform, BODY_COPIES * length))
+        except TimeoutError:
+            raise ApiError("other requests take all the memory that there is", 429, {"Retry-After": "1"}) from None
+
+    def _too_much(self) -> ApiError:
+        return ApiError(f"a request may have {self.settings.max_body_bytes:,} bytes, and this one has more", 413)
+
+    async def _body(self, request: Request) -> bytearray:
         body = bytearray()
-        too_much = ApiError(f"a request may have {limit:,} bytes, and this one has more", 413)
-        if int(request.headers.get("content-length", 0)) > limit:
-            raise too_much
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > limit:
-                        raise too_much
+                    if len(body) > self.settings.max_body_bytes:
+                        raise self._too_much()
         except TimeoutError:
             raise ApiError(f"the request was not whole after {BODY_SECONDS:g} s", 408) from None
-        return bytes(body)
+        return body
 
     def _sampling(self, chat: ChatRequest) -> Sampling:
         base = self.settings.sampling
@@ -242,6 +292,14 @@ class Server:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Told:
+    """How a client wants to be told: as a stream, and with the usage at its end."""
+
+    stream: bool = False
+    include_usage: bool = False
+
+
 class Completion:
     """One trajectory about one clip, and how a client is told of it."""
 
@@ -253,7 +311,9 @@ class Completion:
         trajectory: Trajectory,
         num_audio_tokens: int,
         settings: ServerSettings,
+        told: Told = Told(),
     ) -> None:
+        self.told = told
         self.name, self.clip, self.sampling, self.trajectory = name, clip, sampling, trajectory
         self.turned = asyncio.Event()  # set after each turn
         turn = trajectory.next_turn()
@@ -327,11 +387,10 @@ class EventStream(StreamingResponse):
         self,
         completion: Completion,
         answering: asyncio.Task[None],
-        include_usage: bool,
         ticket: Ticket,
         place: contextlib.ExitStack,
     ) -> None:
-        super().__init__(self._events(completion, include_usage), media_type="text/event-stream")
+        super().__init__(self._events(completion), media_type="text/event-stream")
         self._answering, self._ticket, self._place = answering, ticket, place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -342,7 +401,7 @@ class EventStream(StreamingResponse):
             self._answering.cancel()
             self._place.close()
 
-    async def _events(self, completion: Completion, include_usage: bool) -> AsyncIterator[str]:
+    async def _events(self, completion: Completion) -> AsyncIterator[str]:
         self._answering.add_done_callback(lambda _: completion.turned.set())
         yield _event(completion.first_chunk())
         ended = False
@@ -359,7 +418,7 @@ class EventStream(StreamingResponse):
             yield _event(error_body(error))
         else:
             self._ticket.status = 200
-            for chunk in completion.last_chunks(include_usage):
+            for chunk in completion.last_chunks(completion.told.include_usage):
                 yield _event(chunk)
         yield "data: [DONE]\n\n"
 
@@ -374,10 +433,17 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}
 
 
+def _as_sent(key: str) -> set[bytes]:
+    """The bytes that clients make of a key: of one that is not ASCII some send UTF-8 and some Latin-1."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return {key.encode(), key.encode("latin-1")}
+    return {key.encode()}
+
+
 def make_app(server: Server) -> FastAPI:
     """The HTTP interface of a server."""
     settings = server.settings
-    key = f"Bearer {settings.api_key}".encode()
+    keys = _as_sent(settings.api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -387,8 +453,10 @@ def make_app(server: Server) -> FastAPI:
     api = FastAPI(title="Echo", openapi_url=None, lifespan=lifespan)
 
     async def authorized(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if settings.api_key and not hmac.compare_digest(given, key):
+        scheme, _, given = request.headers.get("authorization", "").strip().partition(" ")
+        raw = given.strip().encode("latin-1")  # as which a header's bytes are read
+        known = scheme.lower() == "bearer" and any(hmac.compare_digest(raw, key) for key in keys)
+        if settings.api_key and not known:
             raise ApiError("this server wants its key: Authorization: Bearer KEY", 401)
 
     @api.get("/health")
@@ -411,14 +479,13 @@ def make_app(server: Server) -> FastAPI:
         with contextlib.ExitStack() as place:
             ticket = place.enter_context(server.admitted())
             try:
-                chat, completion = await server.read(request)
+                completion = await server.read(request, ticket)
             except ClientDisconnect:
                 ticket.status = CLIENT_GONE
                 return Response(status_code=CLIENT_GONE)  # which nobody reads
             answering = asyncio.create_task(server.answer(completion))
-            if chat.stream:
-                include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-                return EventStream(completion, answering, include_usage, ticket, place.pop_all())
+            if completion.told.stream:
+                return EventStream(completion, answering, ticket, place.pop_all())
             leaving = asyncio.ensure_future(request.receive())  # after the body, nothing else can come
             try:
                 await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -435,6 +502,11 @@ def make_app(server: Server) -> FastAPI:
     @api.exception_handler(ApiError)
     async def told(_: Request, error: ApiError) -> Response:
         return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+
+    @api.exception_handler(Exception)
+    async def ours(_: Request, error: Exception) -> Response:
+        """A mistake of this server: said in OpenAI's form, and in full in the log."""
+        return JSONResponse(error_body(ApiError(f"the server failed: {type(error).__name__}", 500)), status_code=500)
 
     @api.exception_handler(HTTPException)
     async def no_such_address(_: Request, error: HTTPException) -> Response:
@@ -473,6 +545,9 @@ def main(
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="More that may wait; others are told 429.")] = 256,
     max_body_mib: Annotated[float, typer.Option(min=0.001, help="Of one request; larger ones are told 413.")] = 64.0,
+    max_memory_gib: Annotated[
+        float, typer.Option(min=0.001, help="For the bodies and clips of all open requests; what has no room waits.")
+    ] = 4.0,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Of a clip.")] = MAX_AUDIO_SECONDS,
     device: DeviceOption = "auto",
     tensor_parallel: TensorParallelOption = 1,
@@ -517,6 +592,7 @@ def main(
             concurrency=concurrency or engine.concurrency,
             max_waiting=max_waiting,
             max_body_bytes=round(max_body_mib * 2**20),
+            max_held_bytes=round(max_memory_gib * 2**30),
             max_seconds=max_seconds,
             split_thinking=split_thinking,
         )

@@ -26,7 +26,9 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from converters.audio_qa import RowError, read_rows
 from converters.synthesis.config import Benchmark, ConfigError, Limits, NearDuplicate
 from converters.synthesis.sample import Sample, seed_of
-from echo_plugins.audio import AudioError, AudioSource, load, resolve_path
+from converters.synthesis.soundprint import SoundIndex
+from echo_plugins.audio import AudioError, load, resolve_path
+from echo_plugins.recording import Seconds, overlap, sources_of
 from echo_plugins.relisten.segment import CLOSE_TAG, Refusal, Segment, find_tags, overlap_ratio, union_seconds
 from echo_plugins.relisten.transcript import parse
 
@@ -192,10 +194,9 @@ ANSWER_FILTERS: tuple[RowFilter, ...] = (audio_contribution, difficulty)
 # ---- the set
 
 
-def audio_hash(source: AudioSource) -> str:
-    """The decoded sound at 16 kHz, so that a copy in another container is the same. Raises AudioError."""
-    samples = (load(source) * 32_767).astype(np.int16)
-    return hashlib.sha256(samples.tobytes()).hexdigest()
+def sound_hash(waveform: np.ndarray) -> str:
+    """The decoded sound at 16 kHz, so that a copy in another container is the same."""
+    return hashlib.sha256((waveform * 32_767).astype(np.int16).tobytes()).hexdigest()
 
 
 def shuffled(sample: Sample, seed: int) -> Sample:
@@ -257,49 +258,81 @@ class _Words(WordTokenizer):
         return [(0, len(text))]
 
 
-# Where benchmarks and training sets name the source of a clip (MMAR, MMAU, AVQA, AudioSet).
+# Names of clips; where a clip is from is told by echo_plugins/recording.py.
 _ID_KEYS = ("id", "audio_id", "audio_path", "audio", "youtube_id", "ytid", "video_name")
-_URL_KEYS = ("url", "source_url")
-_TIME_KEYS = ("timestamp", "timestamps", "start_time", "start")
-_YOUTUBE = re.compile(r"(?:v=|youtu\.be/|/shorts/|/embed/|\A)([A-Za-z0-9_-]{11})(?:\Z|[?&#])")
 
 
 class HeldClips:
-    """`find(sample)` says which benchmark holds a clip: by id or file name, url and time stamp, decoded sound."""
+    """`find(sample)` says which benchmark holds a clip: by id or file name; by the same seconds of the same video or
+    URL, where times that are not known may be the same; by sound, of which a part is enough."""
 
     def __init__(self, benchmarks: Sequence[Benchmark]) -> None:
+        self._any = bool(benchmarks)
         self._ids: dict[str, str] = {}
-        self._spots: dict[str, dict[str, str]] = defaultdict(dict)  # url -> times -> where; "" is all of it
-        self._sounds: dict[str, str] = {}
+        self._sources: dict[str, list[tuple[Seconds | None, str]]] = defaultdict(list)
+        self._hashes: dict[str, str] = {}
+        self._sounds = SoundIndex()
         for benchmark in benchmarks:
             for line, row, where in _benchmark_rows(benchmark):
                 self._read(benchmark, line, row, where)
 
+    def compared(self, sample: Sample) -> list[str] | None:
+        """By what `sample` can be compared: both it and a benchmark have it. None without a benchmark."""
+        if not self._any:
+            return None
+        row = _source_row(sample)
+        found = {
+            "name": bool(self._ids) and any(True for _ in _names(row, (*_ID_KEYS, "recording"))),
+            "source": bool(self._sources) and bool(sources_of(row)),
+            "sound": len(self._sounds) > 0 and bool(sample.sound_print),
+        }
+        return [key for key in COMPARED if found[key]]
+
     def find(self, sample: Sample) -> str | None:
         """None where no benchmark holds it."""
-        source = {"audio": sample.audio, "id": sample.clip, **sample.meta, "recording": sample.recording}
-        for name in _names(source, (*_ID_KEYS, "recording")):
+        row = _source_row(sample)
+        for name in _names(row, (*_ID_KEYS, "recording")):
             if name in self._ids:
                 return f"{self._ids[name]} has a clip of the name {name!r}"
-        for url, times in _spots(source):
-            for other, where in self._spots.get(url, {}).items():
-                if other == times or not other or not times:
-                    return f"{where} is of {url} {other}".rstrip()
-        if sample.audio_sha256 in self._sounds:
-            return f"{self._sounds[sample.audio_sha256]} has the same sound"
+        for source, seconds in sources_of(row).items():
+            for other, where in self._sources.get(source, ()):
+                if overlap(seconds, other):
+                    return f"{where} is of {source}, {_shown_seconds(other)}"
+        if sample.audio_sha256 in self._hashes:
+            return f"{self._hashes[sample.audio_sha256]} has the same sound"
+        if (heard := self._sounds.find(sample.sound_print)) is not None:
+            return f"{heard} has the same sound, encoded or cut otherwise"
         return None
 
     def _read(self, benchmark: Benchmark, line: int, row: Mapping[str, Any], where: str) -> None:
         for found in _names(row, _ID_KEYS):
             self._ids.setdefault(found, where)
-        for url, times in _spots(row):
-            self._spots[url].setdefault(times, where)
+        for source, seconds in sources_of(row).items():
+            self._sources[source].append((seconds, where))
         path = row.get("audio") or row.get("audio_path") or row.get("audio_id")
         if benchmark.audio_root and isinstance(path, str):
             try:
-                self._sounds.setdefault(audio_hash(resolve_path(benchmark.audio_root, path)), where)
+                waveform = load(resolve_path(benchmark.audio_root, path))
             except AudioError as error:
                 raise ConfigError(f"benchmarks: {benchmark.file}, line {line}: {error}") from error
+            self._hashes.setdefault(sound_hash(waveform), where)
+            self._sounds.add(where, waveform)
+
+
+COMPARED = ("name", "source", "sound")
+
+
+def _source_row(sample: Sample) -> dict[str, Any]:
+    """What a row says of where its clip is from. Its own duration is the clip's, and not the recording's."""
+    return {
+        **{"audio": sample.audio, "id": sample.clip, "duration": sample.duration},
+        **sample.meta,
+        "recording": sample.recording,
+    }
+
+
+def _shown_seconds(seconds: Seconds | None) -> str:
+    return "at times that are not known" if seconds is None else f"{seconds[0]:g} to {seconds[1]:g} s"
 
 
 class HeldQuestions:
@@ -357,16 +390,6 @@ def _names(row: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:
             for name in {value, Path(value).stem}:
                 if len(name) >= 6 and not name.isdigit():
                     yield name
-
-
-def _spots(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(url or video, its times as text) of the recording that a row is cut from."""
-    times = next((str(row[key]) for key in _TIME_KEYS if row.get(key) is not None), "")
-    times = ",".join(f"{float(time):g}" for time in re.findall(r"[0-9]+(?:\.[0-9]+)?", times))
-    for key in _URL_KEYS:
-        if isinstance(url := row.get(key), str) and url:
-            video = _YOUTUBE.search(url)
-            yield video[1] if video else url, times
 
 
 def even_choice_p(counts: Mapping[int, int], num_choices: int) -> float:

@@ -42,7 +42,8 @@ class Drop(BaseModel):
 
 class Sample(BaseModel):
     """`think_lost` says why a chain of thought was taken away: the row can then only go to RL. `drafted_place`: where
-    the model had put the answer among the choices, before they were shuffled."""
+    the model had put the answer among the choices, before they were shuffled. `sound_print`: see soundprint.py.
+    `compared_by`: by what the clip could be compared with the benchmarks; None where there are none."""
 
     id: str
     clip: str
@@ -51,6 +52,8 @@ class Sample(BaseModel):
     recording: str
     duration: float
     domain: str
+    sound_print: str = ""
+    compared_by: list[str] | None = None
     events: list[dict[str, Any]] = []
     meta: dict[str, Any] = {}
     caption: dict[str, str] = {}

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 
 from converters.audio_qa import AudioQA, LabelledAudio, Reason, Record, RowError, read_rows, recording_of
 from converters.conversion import AudioRoot
-from converters.synthesis import filters
+from converters.synthesis import filters, soundprint
 from converters.synthesis.asker import Asker, Unusable, json_object, together
 from converters.synthesis.runner import Context, Stage
 from converters.synthesis.sample import Provenance, Sample
-from echo_plugins.audio import AudioError
+from echo_plugins.audio import AudioError, load
 from echo_plugins.relisten.prompt import question_text
 from echo_plugins.relisten.transcript import match_choice, parse
 
@@ -79,7 +79,7 @@ def _id_and_audio(row: object) -> tuple[str, str]:
 def _sample(record: Record, root: AudioRoot) -> Sample:
     checked = root.check(record)
     try:
-        sound = filters.audio_hash(checked.audio.path)
+        waveform = load(checked.audio.path)
     except AudioError as error:
         raise RowError(Reason.AUDIO_UNREADABLE, str(error)) from error
     record = replace(record, duration_seconds=checked.audio.duration_seconds)
@@ -87,7 +87,8 @@ def _sample(record: Record, root: AudioRoot) -> Sample:
         id=record.id,
         clip=record.id,
         audio=record.audio,
-        audio_sha256=sound,
+        audio_sha256=filters.sound_hash(waveform),
+        sound_print=soundprint.sparse(waveform),
         recording=recording_of(record),
         duration=checked.audio.duration_seconds,
         domain="",
@@ -107,6 +108,7 @@ def screen_clips(context: Context) -> Callable[[Sample], Sample]:
     heard: dict[str, str] = {}
 
     def judge(sample: Sample) -> Sample:
+        sample = sample.model_copy(update={"compared_by": held.compared(sample)})
         if (where := held.find(sample)) is not None:
             return sample.drop("screen", "contamination", where)
         first = heard.setdefault(sample.audio_sha256, sample.audio)

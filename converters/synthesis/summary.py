@@ -13,9 +13,10 @@ from pydantic import BaseModel
 
 from converters.atomic import StagedFile
 from converters.synthesis.config import ConfigError, Limits
-from converters.synthesis.filters import even_choice_p, segments_of
+from converters.synthesis.filters import COMPARED, even_choice_p, segments_of
 from converters.synthesis.sample import Sample
 
+SCREEN_NAME = "screen"
 SELECT_NAME = "select"
 _PLACES = 10  # parts of a clip that segments are counted in
 _SECONDS_STEP, _WORDS_STEP, _TOKENS_STEP, _SEGMENT_STEP = 5, 20, 100, 1
@@ -23,7 +24,8 @@ _SECONDS_STEP, _WORDS_STEP, _TOKENS_STEP, _SEGMENT_STEP = 5, 20, 100, 1
 
 class StageSummary(BaseModel):
     """A stage: rows and tokens. `seconds` is of its tasks that ended, run `workers` at once; what was answered from the
-    journal took none and is not in `timed_tokens`."""
+    journal took none and is not in `timed_tokens`. `compared`: of the stage that screens for benchmarks, how many clips
+    could be compared with one by which key."""
 
     name: str
     models: list[str]
@@ -40,6 +42,7 @@ class StageSummary(BaseModel):
     seconds: float = 0.0
     timed_tokens: int = 0
     tokens_a_request: dict[int, int] = {}
+    compared: dict[str, int] | None = None
 
 
 class Summary(BaseModel):
@@ -117,6 +120,12 @@ def summarise(
         warnings.append(f"the answer's place among the choices is uneven (p = {places_p:.2g})")
     if length_p < limits.min_position_p:
         warnings.append(f"the answer can be told by its length: {_ranks(shape.length_ranks)} (p = {length_p:.2g})")
+    warnings += [
+        f"contamination: none of the clips could be compared with a benchmark by {key}"
+        for stage in stages
+        for key, count in (stage.compared or {}).items()
+        if not count
+    ]
     return Summary(
         pipeline=record["pipeline"].rpartition(".")[2],
         written=dict(written),
@@ -153,6 +162,10 @@ def _stage(folder: Path, name: str, models: list[str], rows_in: int | None) -> S
             summary.rows_out += 1
         elif drop["stage"] == name:
             dropped[drop["reason"]] += 1
+        if name == SCREEN_NAME and row.get("compared_by") is not None:
+            summary.compared = dict.fromkeys(COMPARED, 0) if summary.compared is None else summary.compared
+            for key in row["compared_by"]:
+                summary.compared[key] += 1
         lost = row.get("think_lost")
         if lost is not None and lost["stage"] == name and drop is None:
             think_lost[lost["reason"]] += 1

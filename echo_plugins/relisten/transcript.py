@@ -6,11 +6,17 @@ Rewards and scoring both read responses with this module, so that the two cannot
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LETTERED = re.compile(r"\(?([A-Za-z])\s*[).:]\s*(.*)", re.DOTALL)
-_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+_LETTERED = re.compile(r"\(?([A-Za-z])\s*[).:\u3001\u3002]\s*(.*)", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:\u3001\u3002]?")
+
+# Full-width forms (U+FF01 to U+FF5E) and the half-width full stop, as Chinese and Japanese text has them. Not all of
+# NFKC: it would make "m2" of "m\u00b2", and two choices one.
+_WIDTHS = {0xFF01 + place: 0x21 + place for place in range(94)} | {0xFF61: "\u3002"}
+_FULL_STOPS = ".\u3002 "
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,22 @@ def match_choice(answer: str | None, choices: Sequence[str]) -> int | None:
     """The index of the one choice that `answer` names, None when it names none or more than one. Strict: no guessing.
 
     Taken are the choice's text, its letter, and letter with text (`B`, `(B)`, `B. a dog`), whatever the case, blanks
-    and a final full stop. A letter whose text is another choice's names none.
+    and a final full stop. Chinese and full-width letters, brackets and stops count as their ASCII forms. A letter whose
+    text is another choice's names none.
     """
     if answer is None:
         return None
-    said = _normal(answer)
+    said = normal_text(answer)
     if not said:
         return None
-    normal = [_normal(choice) for choice in choices]
+    normal = [normal_text(choice) for choice in choices]
     by_text = [index for index, choice in enumerate(normal) if choice == said]
     if by_text:
         return by_text[0] if len(by_text) == 1 else None
     lettered = _LETTERED.fullmatch(said)
     if lettered and lettered[2].strip():
         index = ord(lettered[1].lower()) - ord("a")
-        return index if index < len(choices) and normal[index] == _normal(lettered[2]) else None
+        return index if index < len(choices) and normal[index] == normal_text(lettered[2]) else None
     letter = _LETTER.fullmatch(said)
     if letter:
         index = ord(letter[1].lower()) - ord("a")
@@ -91,15 +98,17 @@ def is_right(answer: str | None, ground_truth: str, choices: Sequence[str] = ())
     Raises ValueError when the ground truth is not one of the choices: such a row could never be answered.
     """
     if not choices:
-        return answer is not None and _normal(answer) == _normal(ground_truth) != ""
+        return answer is not None and normal_text(answer) == normal_text(ground_truth) != ""
     right = named_choice(ground_truth, choices)
     if right is None:
         raise ValueError(f"the ground truth {ground_truth!r} is not one of the choices {list(choices)}")
     return named_choice(answer, choices) == right
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.split()).strip().rstrip(".").rstrip().casefold()
+def normal_text(text: str) -> str:
+    """`text` as the strict match compares it: NFC, without widths, case, surplus blanks and a final full stop."""
+    folded = unicodedata.normalize("NFC", text.translate(_WIDTHS))
+    return unicodedata.normalize("NFC", " ".join(folded.split()).rstrip(_FULL_STOPS).casefold())
 
 
 def official_match(prediction: str | None, answer: str, choices: Sequence[str]) -> bool:

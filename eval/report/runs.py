@@ -20,7 +20,7 @@ from echo_plugins.relisten.transcript import parse
 
 from ..benchmarks import BENCHMARKS, guess_breakdowns, labels
 from ..curves import Curve, RunError, curves_of, metrics_files, read_lines, read_metrics
-from ..predictions import read_sidecar
+from ..predictions import read_sidecar, recorded_paths
 from ..score import answer_of, grade_all, load, totals
 from ..stats import wilson
 
@@ -298,7 +298,8 @@ def _audio(row: Mapping[str, Any], root: Path | None, benchmark: str | None = No
 
 def _prediction_set(file: Path, name: str, limit: int, audio_root: Path | None, wanted: Collection[str]) -> RowSet:
     sidecar = read_sidecar(file)
-    root = audio_root or (Path(sidecar["audio_root"]) if sidecar and sidecar.get("audio_root") else None)
+    recorded = recorded_paths(sidecar, "audio_root", file) if sidecar and sidecar.get("audio_root") else []
+    root = audio_root or next((path for path in recorded if path.is_dir()), None) or next(iter(recorded), None)
     predicted = load(file)
     graded = grade_all(predicted)
     summary = totals(predicted, graded)

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import soundfile
 from pyarrow import parquet
 from typer.testing import CliRunner
 
+from eval import score
 from eval.benchmarks import (
     AUDIO_QA,
     BENCHMARKS,
@@ -19,12 +23,16 @@ from eval.benchmarks import (
     BenchmarkError,
     Item,
     app,
+    audio_problem,
+    benchmark_name,
     breakdowns_of,
+    definition_of,
     guess_breakdowns,
     labels,
     load_benchmark,
     load_questions,
 )
+from eval.predictions import PredictionsError, json_line
 
 MMAR_ROW = {
     "id": "a_00-01-32",
@@ -151,7 +159,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, content: str, messag
 def test_a_missing_file_says_where_the_benchmark_is_got_from(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"MMAR-meta\.jsonl: no such file.*github\.com/ddlBoJack/MMAR"):
         load_benchmark("mmar", tmp_path)
-    with pytest.raises(BenchmarkError, match="no benchmark 'nope': mmar, mmau-mini, mmau"):
+    with pytest.raises(BenchmarkError, match="no benchmark 'nope'; there are mmar, mmau-mini, mmau"):
         load_benchmark("nope", tmp_path)
 
 
@@ -251,6 +259,203 @@ def test_check_is_content_when_all_is_there(tmp_path: Path) -> None:
     assert status == 0 and "1 rows have theirs, 0 lack it" in said and "get it" not in said
 
 
+OWN = """
+rows: [later.jsonl, questions.json]
+id: key.number
+audio: "clips/{file}.wav"
+question: prompt
+choices: [o1, o2, o3, o4]
+answer: gold
+answer_is: letter
+breakdowns: [key.kind]
+num_rows: 2
+"""
+OWN_ROWS = [
+    {
+        "key": {"number": 7, "kind": "bird"},
+        "file": "a",
+        "prompt": "Which?",
+        "gold": "B",
+        "answer": "seven",
+        "split": "x",
+    }
+    | {"o1": "owl", "o2": "cuckoo", "o3": 3, "o4": None},
+    {"key": {"number": 8, "kind": "car"}, "file": "b", "prompt": "Who?", "gold": "(a)", "o1": "he", "o2": "she"},
+]
+
+
+def own(folder: Path, definition: str = OWN, rows: Any = OWN_ROWS) -> Path:
+    write(folder / "mine.yaml", definition)
+    write(folder / "root" / "questions.json", json.dumps(rows))
+    (folder / "root" / "clips").mkdir(exist_ok=True)
+    for row in rows:
+        soundfile.write(folder / "root" / "clips" / f"{row['file']}.wav", np.zeros(1600), 16_000)
+    return folder / "mine.yaml"
+
+
+def test_a_benchmark_of_ones_own_is_a_yaml_file_and_is_checked_as_the_others_are(tmp_path: Path) -> None:
+    file = own(tmp_path)
+    first, second = load_benchmark(str(file), tmp_path / "root")
+    assert (first.id, first.audios, first.question) == ("7", ("clips/a.wav",), "Which?")
+    assert first.choices == ("owl", "cuckoo", "3") and first.answer == "cuckoo" and second.answer == "he"
+    assert first.row["answer"] == "cuckoo" and first.row["as_published"] == {"answer": "seven"}
+    status, said = run_check(str(file), "--benchmark-root", str(tmp_path / "root"))
+    assert status == 0 and "2 rows have theirs, 0 lack it" in said
+    (tmp_path / "root" / "clips" / "b.wav").unlink()
+    status, said = run_check(str(file), "--benchmark-root", str(tmp_path / "root"))
+    assert status == 1 and "1 lack it" in said and "8: 'clips/b.wav'" in said
+
+
+def test_a_benchmark_of_ones_own_is_scored_without_its_yaml_file(tmp_path: Path) -> None:
+    file = own(tmp_path)
+    questions = load_benchmark(name := benchmark_name(str(file)), tmp_path / "root")
+    rows = [{**item.row, "answer_prediction": "cuckoo"} for item in questions][:1]
+    write(tmp_path / "p.jsonl", jsonl(*rows))
+    identity = {"benchmark": name, "questions_sha256": questions.sha256}
+    sidecar = {"identity": identity, "questions": str(questions.file), "num_rows": 2, **definition_of(name)}
+    write(tmp_path / "p.run.json", json.dumps(sidecar))
+    file.unlink()
+    del BENCHMARKS[name]
+    summary = score.totals(predicted := score.load(tmp_path / "p.jsonl"), score.grade_all(predicted))
+    assert (summary["total"], summary["missing"], summary["strict_accuracy"]) == (2, 1, 0.5)
+    assert {label: group["strict_accuracy"] for label, group in summary["by"]["key.kind"].items()} == {
+        "bird": 1.0,
+        "car": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer_is", "gold", "answer"),
+    [
+        ({"B": "dog", "A": "bell", "D": "rain"}, "letter", "D", "rain"),
+        ({"B": "dog", "A": "bell"}, "text", "dog", "dog"),
+        (["x", "y"], "index0", 1, "y"),
+        (["x", "y"], "index1", "1", "x"),
+        (["x", "y"], "index1", 0, "no choice 0"),
+        (["x", "y"], "letter", "E", "no choice E"),
+        (["x", "y"], "letter", None, None),
+        ([3, 4.5], "text", 4.5, "4.5"),
+    ],
+)
+def test_answers_of_ones_own_benchmark_are_found_by_text_letter_or_place(
+    tmp_path: Path, choices: Any, answer_is: str, gold: Any, answer: str | None
+) -> None:
+    definition = f"rows: questions.json\naudio: f\nquestion: q\nchoices: c\nanswer: g\nanswer_is: {answer_is}\n"
+    row = {"id": 1, "f": "clips/a.wav", "file": "a", "q": "?", "c": choices, "g": gold}
+    (item,) = load_benchmark(str(own(tmp_path, definition, [row])), tmp_path / "root")
+    assert item.answer == answer
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("question: prompt", "", "the key 'question' is missing"),
+        ("question: prompt", "qestion: prompt", "no key 'qestion': is 'question' meant?"),
+        ("answer_is: letter", "answer_is: number", "'answer_is' is one of text, letter"),
+        ("num_rows: 2", "rule: nv_embed", "'rule' is one of string_match, letter, first_letter"),
+        ("num_rows: 2", "num_rows: two", "'num_rows' cannot be 'two'"),
+        ("num_rows: 2", "num_rows: [", "cannot be read"),
+        ("question: prompt", "question: 3", "'question' cannot be 3"),
+    ],
+)
+def test_a_definition_that_is_not_right_says_why(tmp_path: Path, old: str, new: str, message: str) -> None:
+    file = own(tmp_path, OWN.replace(old, new))
+    with pytest.raises(BenchmarkError, match=re.escape(message)):
+        load_benchmark(str(file), tmp_path / "root")
+    assert run_check(str(file), "--benchmark-root", str(tmp_path / "root"))[0] == 2
+
+
+def test_a_letter_where_a_set_has_texts_is_the_choice_that_it_names(tmp_path: Path) -> None:
+    row = {"id": "1", "audio_path": "a.wav", "question": "?", "choice_a": "Dog", "choice_b": "Cat", "answer_gt": "B"}
+    texts = row | {"id": "2", "choice_a": "B", "choice_b": "A", "answer_gt": "B"}
+    write(tmp_path / "mmsu.jsonl", jsonl(row, texts))
+    assert [item.answer for item in load_benchmark("mmsu", tmp_path)] == ["Cat", "B"]
+
+
+def test_the_id_that_is_asked_is_the_one_that_is_resumed_and_scored(tmp_path: Path) -> None:
+    """AIR-Bench counts `uniq_id` from 1 in each task: a column `id` of the same would be there twice."""
+    row = {"id": "1", "uniq_id": 1, "dataset_name": "d", "path": "a.wav", "question": "?", "choice_a": "x"}
+    rows = [row | {"task_name": task, "answer_gt": "x"} for task in ("s", "t")]
+    write(tmp_path / "Foundation_meta.json", json.dumps(rows))
+    items = list(load_benchmark("air-bench-foundation", tmp_path))
+    assert [item.row["id"] for item in items] == [item.id for item in items] == ["s/d/1", "t/d/1"]
+    assert items[0].row["as_published"] == {"id": "1"}
+
+
+def test_a_row_that_nests_too_deep_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "m.jsonl", "[" * 100_000 + "\n")
+    write(tmp_path / "m.json", '[{"id": ' + "[" * 100_000)
+    for name in ("m.jsonl", "m.json"):
+        with pytest.raises(BenchmarkError, match=r"m\.json.* 1: not JSON"):
+            load_questions(AUDIO_QA, tmp_path / name)
+
+
 def test_every_benchmark_is_listed_with_its_source() -> None:
     said = CliRunner().invoke(app, ["list"]).output
     assert all(benchmark.name in said and benchmark.get_it in said for benchmark in BENCHMARKS.values())
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """`content` with bytes dropped, doubled, changed, or text that JSON takes and others do not."""
+    for _ in range(chance.choice([1, 1, 2, 5])):
+        place, length = chance.randrange(len(content)), chance.choice([1, 1, 3, 40])
+        put = chance.choice(
+            [
+                b"",
+                bytes([chance.randrange(256)]),
+                content[place : place + 2 * length],
+                b"null",
+                b"\\ud800",
+                b"[",
+                b"\n",
+                b"1e999",
+            ]
+        )
+        content = content[:place] + put + content[place + length :]
+    return content
+
+
+LETTERED = {"id": "1", "audio_path": "a.wav", "question": "?", "choice_a": "Dog", "choice_b": "Cat", "answer_gt": "Dog"}
+SAMPLES = {
+    "mmar": ("MMAR-meta.jsonl", jsonl(*(MMAR_ROW | {"id": str(n)} for n in range(4)))),
+    "mmau-mini": ("mmau-test-mini.json", json.dumps([MMAU_ROW | {"id": str(n)} for n in range(4)])),
+    "mmau-pro": ("mmau-pro.jsonl", jsonl(*({"id": str(n), "audio_path": ["a"], "question": "?"} for n in range(4)))),
+    "mmsu": ("mmsu.jsonl", jsonl(*(LETTERED | {"id": str(n)} for n in range(4)))),
+    "air-bench-foundation": (
+        "Foundation_meta.json",
+        json.dumps(
+            [LETTERED | {"uniq_id": n, "task_name": "t", "dataset_name": "d", "path": "a.wav"} for n in range(4)]
+        ),
+    ),
+    "own": ("questions.json", json.dumps(OWN_ROWS)),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_damaged_file_is_read_or_refused_by_row_and_scored_or_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "own.yaml", OWN)
+    file, content = SAMPLES[name]
+    benchmark = benchmark_name(str(tmp_path / "own.yaml")) if name == "own" else name
+    chance = random.Random(20261127)
+    outcomes: Counter[str] = Counter()
+    for _ in range(300):
+        (tmp_path / file).write_bytes(damaged(content.encode(), chance))
+        try:
+            questions = load_benchmark(benchmark, tmp_path)
+            items = list(questions)
+        except BenchmarkError as error:
+            outcomes["refused"] += 1
+            assert str(tmp_path / file) in str(error)
+            continue
+        outcomes["read"] += 1
+        for item in items:
+            audio_problem(item, tmp_path)
+        predictions = [{**item.row, "answer_prediction": "Dog"} for item in items]
+        write(tmp_path / "p.jsonl", "".join(map(json_line, predictions)))
+        assert len(score.grade_all(score.load(tmp_path / "p.jsonl"))) == len(items) == questions.num_rows
+        (tmp_path / "p.jsonl").write_bytes(damaged((tmp_path / "p.jsonl").read_bytes(), chance))
+        try:
+            score.totals(predicted := score.load(tmp_path / "p.jsonl"), score.grade_all(predicted))
+        except PredictionsError as error:
+            assert str(tmp_path / "p.jsonl") in str(error)
+    assert outcomes["read"] > 5 and outcomes["refused"] > 20, outcomes

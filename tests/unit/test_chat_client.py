@@ -103,6 +103,42 @@ def test_what_does_not_pass_ends_in_a_failed_reply_that_says_why(trouble: Behavi
     assert said in (reply.error or "")
 
 
+@pytest.mark.parametrize(
+    "trouble",
+    [Failure(200, '{"error": {"message": "Insufficient balance, top up", "code": 1113}}'), html(200)],
+    ids=["error", "html"],
+)
+def test_a_gateway_that_answers_200_with_an_error_ends_the_job_in_seconds_and_in_its_words(trouble: Failure) -> None:
+    started = time.monotonic()
+    with (
+        misbehaving_server(lambda request: trouble) as server,
+        pytest.raises(ChatError, match=r"had status 200 and no .*(Insufficient balance, top up|Bad Gateway)"),
+    ):
+        ask(server.url, *(question(str(number)) for number in range(100)), limits=Limits())
+    assert time.monotonic() - started < 15 and len(server.requests) < 100
+
+
+def test_an_error_with_status_200_that_passes_ends_no_job() -> None:
+    """A burst of them at once is no longer than one: time counts, and any answer in between."""
+    trouble = Failure(200, '{"error": {"message": "busy"}}')
+    with misbehaving_server(first_then(trouble, trouble, Answer("yes"))) as server:
+        replies = ask(
+            server.url, *(question(str(number)) for number in range(8)), limits=replace(QUICK, timeout_seconds=9)
+        )
+    assert [reply.content for reply in replies] == ["yes"] * 8
+
+
+@pytest.mark.parametrize("code", [402, "401"])
+def test_the_status_in_an_error_with_status_200_counts_as_one(code: Any) -> None:
+    answer = Failure(200, json.dumps({"error": {"message": "no credits", "code": code}}))
+    with misbehaving_server(lambda request: answer) as server, pytest.raises(ChatError, match=r"no credits.*MY_KEY"):
+        ask(server.url, question(), key_variable="MY_KEY")
+    assert len(server.requests) == 1
+    passing = Failure(200, '{"error": {"message": "slow down", "code": 429}}')
+    with misbehaving_server(first_then(passing, Answer("yes"))) as server:
+        assert ask(server.url, question())[0].content == "yes"
+
+
 def test_a_server_that_answers_nothing_is_given_up() -> None:
     limits = Limits(max_attempts=1, concurrency=1, max_failed_in_a_row=4)
     with (

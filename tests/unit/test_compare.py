@@ -66,7 +66,26 @@ def test_a_comparison_pairs_the_rows_and_names_those_that_changed(tmp_path: Path
 def test_equal_predictions_are_no_difference(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a.jsonl", ["rain", "wind", ""])
     _, summary, changed = run_compare(tmp_path, first, write_run(tmp_path / "b.jsonl", ["rain", "wind", ""]))
-    assert summary["official"]["p"] == 1.0 and summary["official"]["interval"] == [0.0, 0.0] and changed == []
+    assert summary["official"]["p"] == 1.0 and changed == []
+    low, high = summary["official"]["interval"]
+    assert low == pytest.approx(-high) and 0.5 < high < 0.6, "three rows say little: the interval has a width"
+
+
+def test_rows_of_one_recording_change_together_and_count_as_one(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a.jsonl", ["wind"] * 24)
+    second = write_run(tmp_path / "b.jsonl", ["rain"] * 12 + ["wind"] * 12)
+    _, alone, _ = run_compare(tmp_path, first, second)
+    for file in (first, second):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        write_whole(file, (json.dumps(row | {"audio": f"clip{n // 6}.wav"}) + "\n" for n, row in enumerate(rows)))
+    _, shared, _ = run_compare(tmp_path, first, second)
+    assert alone["strict"]["p"] == pytest.approx(2 / 2**12)
+    assert shared["strict"]["p"] == pytest.approx(2 / 2**2), "two recordings changed, not twelve rows"
+    width = {
+        name: high - low
+        for name, (low, high) in ((n, s["strict"]["interval"]) for n, s in (("alone", alone), ("shared", shared)))
+    }
+    assert width["shared"] > 1.8 * width["alone"] and shared["strict"]["difference"] == 0.5
 
 
 def test_rows_of_one_file_only_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "ray", "vllm", "verl", "swift", "pandas", "pya
 # room -> the rooms of ours that it may import (its own is always allowed)
 RELISTEN, REWARDS = "echo_plugins.relisten", "echo_plugins.rewards"
 AUDIO, MODEL, CHAT = "echo_plugins.audio", "echo_plugins.model", "echo_plugins.chat_client"
-END = "echo_plugins.end_with_client"
+END, RECORDING = "echo_plugins.end_with_client", "echo_plugins.recording"
 MAY_IMPORT = {
     RELISTEN: set(),
     REWARDS: {RELISTEN},
@@ -26,10 +26,11 @@ MAY_IMPORT = {
     MODEL: {RELISTEN, AUDIO},
     CHAT: set(),
     END: set(),
+    RECORDING: set(),
     "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL, END},
     "echo_plugins.for_swift": {RELISTEN, REWARDS, AUDIO, MODEL, END},
-    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END},
-    "converters": {RELISTEN, AUDIO, MODEL, CHAT},
+    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END, RECORDING},
+    "converters": {RELISTEN, AUDIO, MODEL, CHAT, RECORDING},
 }
 # framework -> where alone it may be imported
 FRAMEWORK_HOME = {

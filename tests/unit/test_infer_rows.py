@@ -1,7 +1,9 @@
 """Which rows are asked, in which order of choices; and engines side by side, with engines that die (made up here)."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import itertools
 import json
 import random
@@ -10,14 +12,20 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
+from misbehaving_server import Answer, Failure, Request, misbehaving_server, refusal
+from typer.testing import CliRunner
 
 from echo_plugins.relisten.trajectory import StopReason
+from eval import infer
 from eval.benchmarks import AUDIO_QA, BenchmarkError, Item, load_questions
 from eval.engine import EngineDied, Outcome, Question, Sampling
 from eval.fleet import MAX_DEATHS, Start, Task, answer_all
 from eval.infer import Selection, prediction, question_of, read_ids, shuffled
-from eval.predictions import run_path
+from eval.predictions import read_rows, run_path
+from eval.score import grade_all, load, totals
 
 
 def write_manifest(folder: Path, num_rows: int) -> Path:
@@ -70,6 +78,195 @@ def test_a_forced_answer_is_marked_in_its_row() -> None:
 def test_runs_can_be_added_later() -> None:
     files = [run_path(Path("d/out.jsonl"), 7 + number, number).as_posix() for number in range(3)]
     assert files == ["d/out.jsonl", "d/out.seed8.jsonl", "d/out.seed9.jsonl"]
+
+
+class Answering:
+    """eval.infer as a user calls it, with a scripted engine in the place of vLLM."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int = 10) -> None:
+        self.folder, self.asked = folder, []
+        self.output = folder / "out" / "p.jsonl"
+        self.manifest = write_manifest(folder, num_rows)
+        (folder / "a.wav").write_bytes(b"")
+        self.model = folder / "model"
+        self.model.mkdir()
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"):
+            (self.model / name).write_text(json.dumps({"of": name, "_name_or_path": "/here"}))
+        (self.model / "chat_template.jinja").write_text("{{ messages }}")
+        (self.model / "model.safetensors").write_bytes(bytes(range(256)) * 900)
+
+        @contextlib.asynccontextmanager
+        async def start(_: Any) -> AsyncIterator[Any]:
+            yield self
+
+        monkeypatch.setattr(infer, "running_engine", start)
+
+    async def answer(self, question: Question, sampling: Sampling) -> Outcome:
+        self.asked.append(question.id)
+        if question.id == "r3" and self.asked.count("r3") == 1:
+            return Outcome("", (), StopReason.ERROR, "a hiccup", 0, 0, 0.0)
+        return Outcome(
+            f"<think>x</think><answer>{'wx'[len(question.id) > 2]}</answer>", (), StopReason.ANSWERED, None, 1, 0, 0.1
+        )
+
+    def run(self, *words: str) -> Any:
+        self.asked.clear()
+        options = ["--model", str(self.model), "--output", str(self.output), "--audio-qa", str(self.manifest)]
+        options += ["--audio-root", str(self.folder), "--device", "cpu", "--max-num-seqs", "1"]
+        return CliRunner().invoke(infer.app, [*options, *words])
+
+    def total(self) -> int:
+        return totals(predicted := load(self.output), grade_all(predicted))["total"]
+
+
+def test_another_selection_never_makes_the_denominator_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(tmp_path, monkeypatch)
+    assert answering.run("--ids", "r1,r2").exit_code == 0 and answering.total() == 2
+    assert answering.run("--max-rows", "4").exit_code == 0 and answering.total() == 4
+    assert answering.asked == ["r0", "r3"]
+    assert answering.run().exit_code == 0 and answering.total() == 10
+    for words in (["--ids", "r1"], ["--max-rows", "3"], ["--ids", "r3", "--retry-errors"]):
+        result = answering.run(*words)
+        assert result.exit_code == 0 and "10 rows were asked of it in all" in result.output
+        assert answering.total() == 10
+    assert answering.run("--ids", "r1,r2", "--overwrite").exit_code == 0 and answering.total() == 2
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"),
+        *("chat_template.jinja", "model.safetensors", "additional_chat_templates/tools.jinja", "merges.txt"),
+    ],
+)
+def test_rows_of_a_model_that_was_changed_are_not_mixed_with_the_earlier_ones(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering = Answering(tmp_path, monkeypatch)
+    assert answering.run("--max-rows", "2").exit_code == 0
+    changed = answering.model / file
+    changed.parent.mkdir(exist_ok=True)
+    changed.write_bytes((changed.read_bytes() if changed.exists() else b"") + b" 1")
+    result = answering.run()
+    assert result.exit_code == 1 and "was made by another run (model_fingerprint" in result.output
+    assert answering.asked == []
+
+
+def test_a_run_goes_on_where_it_was_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: model, questions, sound and predictions, as when a disk is mounted elsewhere."""
+    (tmp_path / "old").mkdir()
+    answering = Answering(tmp_path / "old", monkeypatch)
+    assert answering.run("--max-rows", "2").exit_code == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    for name in ("folder", "output", "manifest", "model"):
+        setattr(answering, name, tmp_path / "new" / getattr(answering, name).relative_to(tmp_path / "old"))
+    config = answering.model / "config.json"
+    config.write_text(config.read_text().replace("/here", "/there"))  # where transformers loaded it from
+    (answering.model / "trainer_state.json").write_text("{}")
+    assert answering.total() == 2, "the questions are found beside the predictions"
+    result = answering.run()
+    assert result.exit_code == 0, result.output
+    assert len(answering.asked) == 8 and answering.total() == 10
+
+
+def write_sound(file: Path, seconds: float = 1.0) -> None:
+    soundfile.write(file, np.linspace(-0.5, 0.5, round(seconds * 16_000)), 16_000, subtype="PCM_16")
+
+
+class Hosted:
+    """eval.infer against a real HTTP server that answers as a script says."""
+
+    def __init__(self, folder: Path, url: str, num_rows: int = 6) -> None:
+        self.manifest, self.output, self.url = write_manifest(folder, num_rows), folder / "p.jsonl", url
+        self.folder = folder
+        write_sound(folder / "a.wav")
+
+    def run(self, *words: str) -> Any:
+        options = ["--api-url", self.url, "--api-model", "m", "--output", str(self.output)]
+        options += ["--audio-qa", str(self.manifest), "--audio-root", str(self.folder), "--api-concurrency", "2"]
+        return CliRunner().invoke(infer.app, [*options, *words])
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return {row["id"]: row for _, row in read_rows(self.output)}
+
+
+def says(content: str, **message: Any) -> Answer:
+    return Answer(content, message=message)
+
+
+def test_a_hosted_model_answers_into_the_same_files(tmp_path: Path) -> None:
+    contents = iter(["<think>a</think><answer>w</answer>", "w", "<think>so</think>\n(A) w", "x", ""])
+
+    def script(request: Request) -> Any:
+        if request.number == 3:
+            return refusal("no")
+        return says(next(contents, ""), reasoning_content="hm" if request.number == 2 else None)
+
+    with misbehaving_server(script) as server:
+        hosted = Hosted(tmp_path, server.url)
+        result = hosted.run("--api-concurrency", "1", "--api-arg", "max_tokens=null", "--api-arg", "top_k=1")
+        assert result.exit_code == 0, result.output
+        [first, *_] = server.requests
+    [message] = first.body["messages"]
+    clip, text = message["content"]
+    assert first.body["top_k"] == 1 and "max_tokens" not in first.body and first.body["temperature"] == 0.7
+    assert text["text"].startswith("?\n(A) w\n(B) x") and "<seg>" not in text["text"]
+    content = base64.b64decode(clip["input_audio"]["data"])
+    heard, rate = soundfile.read(io.BytesIO(content), dtype="float32")
+    assert clip["input_audio"]["format"] == "wav" and rate == 16_000 and len(heard) == 16_000
+    rows = hosted.rows()
+    assert [rows[f"r{n}"]["answer_prediction"] for n in range(6)] == ["w", "w", "", "(A) w", "x", ""]
+    assert rows["r1"]["thinking_prediction"] == "hm" and rows["r3"]["thinking_prediction"] == "so"
+    assert [rows[f"r{n}"]["stop_reason"] for n in (0, 2, 5)] == ["answered", "answered", "length"]
+    assert "refused" in rows["r2"]["error"] and rows["r0"]["num_tokens"] == 5
+    summary = totals(predicted := load(hosted.output), grade_all(predicted))
+    assert (summary["total"], summary["unanswered"], summary["strict_accuracy"]) == (6, 2, 0.5)
+    sidecar = json.loads((tmp_path / "p.run.json").read_text())
+    assert sidecar["identity"]["api"]["model"] == "m" and sidecar["identity"]["sampling"]["mode"] == "plain"
+
+
+def test_a_hosted_model_that_was_stopped_is_paid_for_once(tmp_path: Path) -> None:
+    with misbehaving_server(lambda request: says("w") if request.number < 4 else Failure(401)) as server:
+        hosted = Hosted(tmp_path, server.url)
+        result = hosted.run("--api-concurrency", "1")
+        assert result.exit_code == 1 and "401" in result.output and len(hosted.rows()) == 3
+    with misbehaving_server(lambda request: says("w")) as server:
+        hosted.url = server.url
+        assert "was made by another run (api.url" in hosted.run().output
+        sidecar = tmp_path / "p.run.json"
+        first = json.loads(sidecar.read_text())["identity"]["api"]["url"]
+        sidecar.write_text(sidecar.read_text().replace(first, server.url))
+        kept = hosted.output.read_bytes().splitlines(keepends=True)
+        hosted.output.write_bytes(b"".join(kept[:2]))  # killed between the journal and the row
+        assert hosted.run().exit_code == 0
+        assert len(server.requests) == 3 and len(hosted.rows()) == 6
+        assert hosted.run("--overwrite").exit_code == 0 and len(server.requests) == 9
+
+
+def test_a_row_that_a_hosted_model_cannot_be_asked_is_one_row(tmp_path: Path) -> None:
+    with misbehaving_server(lambda request: says("w")) as server:
+        hosted = Hosted(tmp_path, server.url)
+        lines = hosted.manifest.read_text().splitlines()
+        lines[1] = lines[1].replace('"?"', '"lone \\ud800"')
+        lines[2] = lines[2].replace("a.wav", "none.wav")
+        hosted.manifest.write_text("\n".join(lines) + "\n")
+        result = hosted.run()
+        assert result.exit_code == 0, result.output
+    errors = {row_id: row["error"] for row_id, row in hosted.rows().items() if row["stop_reason"] == "error"}
+    assert errors.keys() == {"r1", "r2"} and "lone surrogate" in errors["r1"] and "no such file" in errors["r2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "interleaved"], "an API cannot listen again"),
+        (["--model", "x"], "give --model, or --api-url and --api-model"),
+        (["--api-arg", "top_k"], "is not KEY=JSON"),
+    ],
+)
+def test_wrong_usage_of_an_api_is_said(tmp_path: Path, words: list[str], message: str) -> None:
+    result = Hosted(tmp_path, "http://127.0.0.1:1/v1").run(*words)
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("\u2502", " ").split())
 
 
 class Fleet:

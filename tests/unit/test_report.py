@@ -214,7 +214,7 @@ def test_verdicts_are_those_of_the_scorer_and_of_the_reward(tmp_path: Path) -> N
     answers = {"right": "one", "wrong": "two", "unanswered": ""}
     rows = [prediction(verdict, answer_prediction=answer) for verdict, answer in answers.items()]
     rows.append(prediction("failed", answer_prediction="", stop_reason="error", error="no audio"))
-    rows.append(prediction("unscored", answer=""))
+    rows.append(prediction("unscored", answer=None))
     found = read_run(write_rows(tmp_path / "x.jsonl", *rows), "x", 10).sets[0].rows
     assert [row.verdict for row in found] == [row.id for row in found]
 

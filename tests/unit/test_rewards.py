@@ -42,6 +42,8 @@ def components(rec: Record, preset: str = "paper") -> dict[str, float]:
         (RIGHT, (ONLY_READ,), (0.5, 0.5, 0.0, 0.0)),
         (RIGHT, (REFUSED, HEARD), (0.5, 0.5, 0.5, 0.0)),
         (RIGHT.replace("a bell rings", "B"), (HEARD,), (0.5, 0.5, 0.5, 0.0)),
+        (RIGHT.replace("a bell rings", "\uff22\u3002"), (HEARD,), (0.5, 0.5, 0.5, 0.0)),  # full-width, Chinese stop
+        (RIGHT.replace("a bell rings", "\uff08B\uff09"), (HEARD,), (0.5, 0.5, 0.5, 0.0)),
         (RIGHT.replace("a bell rings", "rain falls"), (HEARD,), (0.5, 0.0, 0.0, 0.0)),
         (RIGHT.replace("a bell rings", ", ".join(CHOICES)), (HEARD,), (0.5, 0.0, 0.0, 0.0)),
         ("<answer>a bell rings</answer>", (HEARD,), (0.0, 0.5, 0.5, 0.0)),

@@ -397,7 +397,7 @@ def test_a_submission_that_would_not_be_taken_is_told_why() -> None:
     [
         ({"id": "other", "answer_prediction": "a bell"}, "1 rows are not in MMAR-meta.jsonl: other"),
         ({"id": "i1", "answer_prediction": "a bell"}, "row 'i1' is there twice"),
-        ({"id": "i6", "answer_prediction": 5}, "'answer_prediction' must be text, not 5"),
+        ({"id": "i6", "answer_prediction": 5}, "the prediction must be text, not 5"),
         ({"id": "i6", "thinking_prediction": ["a"]}, "'thinking_prediction' must be text"),
     ],
 )

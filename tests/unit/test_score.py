@@ -4,16 +4,21 @@ import itertools
 import json
 import math
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from eval.predictions import write_whole
-from eval.score import Graded, app, as_latex, chosen, grade, grade_all, load, tally, totals
-from eval.stats import difference_interval, macro_interval, mcnemar, pass_at_k, wilson
+from eval.score import Graded, app, as_latex, chosen, grade, grade_all, load, official_file, tally, totals
+from eval.stats import difference_interval, effective_size, mcnemar, mean_interval, pass_at_k, wilson
 
 WORDS = [
     *("a", "man", "woman", "the", "dog", "barks", "two", "2", "three", "left_right", "caf\u00e9", "don't"),
@@ -364,17 +369,165 @@ def test_segments_are_summed_up(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "no rows in it"),
-        ('{"id": 1}\n', "'choices' must be a list of texts"),
-        ('{"id": 1, "choices": ["a"], "answer": "a", "answer_prediction": 3}\n', "must be text, not 3"),
+        ('{"id": 1}\n', "no row can be scored. The first, '1': 'choices' must be a list of texts, not None"),
         ('{"id": 1, "choices": []}\n{"id": 1, "choices": []}\n', "line 2: row 1 is there twice"),
         ('{"id": 1, "choices": []}\nnonsense\n', "line 2: not JSON"),
+        ("[" * 100_000, "line 1: not JSON"),
     ],
 )
-def test_rows_that_cannot_be_scored_are_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_that_cannot_be_scored_says_why(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "p.jsonl").write_text(content)
     result = CliRunner().invoke(app, [str(tmp_path / "p.jsonl")])
     assert result.exit_code == 1 and message in result.stderr
     assert CliRunner().invoke(app, [str(tmp_path / "none.jsonl")]).exit_code == 1
+
+
+def score(file: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """The totals of a file, and all that is printed."""
+    totals_file = file.with_suffix(".totals")
+    result = CliRunner().invoke(app, [str(file), "--json", str(totals_file), *words])
+    assert result.exit_code == 0, result.output
+    return json.loads(totals_file.read_text()), result.output
+
+
+def test_rows_that_cannot_be_used_are_named_and_counted_and_the_rest_is_scored(tmp_path: Path) -> None:
+    good = QUESTION | {"answer_prediction": "B"}
+    rows = [
+        good | {"id": "good"},
+        good | {"id": "no choices", "choices": None},
+        good | {"id": "odd choices", "choices": ["a", None]},
+        good | {"id": "odd answer", "answer": 7},
+        good | {"id": "odd prediction", "answer_prediction": ["B"]},
+        good | {"id": "null prediction", "answer_prediction": None},
+        good | {"id": "null answer", "answer": None},
+        {key: value for key, value in good.items() if key != "id"},
+        good | {"id": "last, without a newline"},
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    summary, printed = score(file, "--rows", str(tmp_path / "r.jsonl"))
+    assert (summary["total"], summary["scored"], summary["unanswered"]) == (9, 5, 2), summary
+    assert summary["strict_accuracy"] == 0.6, "an odd or a null prediction is a wrong one"
+    assert summary["unusable"] == ["no choices", "odd choices", "odd answer", "odd prediction"]
+    assert summary["no_key"] == ["null answer"]
+    assert "row 'odd answer' cannot be used: 'answer' must be text, not 7" in printed
+    assert "4 rows cannot be used: no choices, odd choices" in printed and "1 rows have no key here" in printed
+    verdicts = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in verdicts][-2:] == ["line 8", "last, without a newline"]
+    assert verdicts[1]["problem"].startswith("'choices' must be") and "problem" not in verdicts[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "prediction", "official", "strict"),
+    [
+        ({"choices": [], "answer": "it rains"}, "I hear that it rains", True, None),
+        ({"choices": [], "answer": "it rains"}, "snow", False, None),
+        ({"choices": ["Dog", "Cat"], "answer": ""}, "bird", True, False),  # no word is missing, none is wrong
+        ({"choices": ["Dog", "Cat"], "answer": ""}, "Cat", False, False),
+        ({"choices": ["Dog", "Cat"], "answer": ""}, "", False, False),
+        ({"choices": None, "answer": "Cat"}, "", False, None),  # the script never comes to the choices
+        ({"choices": [None, "Cat"], "answer": "Cat"}, "?!", False, None),
+        ({"choices": None, "answer": "Cat"}, "Cat", None, None),
+        ({"choices": ["Dog", "Cat"], "answer": None}, "Cat", None, None),
+    ],
+)
+def test_where_the_official_rule_has_a_verdict_so_have_we(
+    row: dict[str, Any], prediction: str, official: bool | None, strict: bool | None
+) -> None:
+    graded = grade({"id": "x", "answer_prediction": prediction, **row})
+    assert (graded.official, graded.strict) == (official, strict)
+    if official is not None and isinstance(row["choices"], list) and None not in row["choices"]:
+        assert independent_official_rule(prediction, row["answer"], row["choices"]) is official
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["", "Cat", "B", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["start", "end", "inserted", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+KEYS = (
+    *("id", "choices", "answer", "answer_prediction", "model_output", "segments", "stop_reason", "meta", "audio"),
+    *("category", "modality", "url"),
+)
+ODD_ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, JSON) | {"choices": st.just(["Dog", "Cat"]) | JSON})
+
+
+@given(st.lists(ODD_ROWS, min_size=1, max_size=6))
+def test_whatever_rows_a_file_has_each_is_counted_once_and_nothing_ends_the_rest(rows: list[dict[str, Any]]) -> None:
+    fair = [QUESTION | {"id": "right", "answer_prediction": "B"}, QUESTION | {"id": "wrong", "answer_prediction": "A"}]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "p.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in [fair[0], *rows, fair[1]]))
+        ids = [str(row["id"]) for row in rows if row.get("id") is not None]
+        if len(set(ids) | {"right", "wrong"}) < len(ids) + 2:
+            with pytest.raises(ValueError, match="is there twice"):
+                load(file)
+            return
+        graded = grade_all(predicted := load(file))
+        assert graded[0].strict is True and graded[-1].strict is False and len(graded) == len(rows) + 2
+        summary = totals(predicted, graded)
+        assert summary["total"] == len(rows) + 2
+        assert summary["scored"] + len({*summary["unusable"], *summary["no_key"]}) >= summary["total"]
+        official_file(predicted, Path(folder) / "official.json")
+        assert len(json.loads((Path(folder) / "official.json").read_text())) == len(rows) + 2
+
+
+def test_the_score_of_a_resumed_file_counts_all_that_was_ever_asked(tmp_path: Path) -> None:
+    """What an older version's sidecar forgot, and what this one's says."""
+    rows = [mmar_like(number, random.Random(9)) for number in range(100)]
+    file = run_with_sidecar(tmp_path, rows, [row | {"answer_prediction": row["answer"]} for row in rows[:50]])
+    sidecar = json.loads((tmp_path / "out.run.json").read_text())
+    write_whole(tmp_path / "out.run.json", json.dumps(sidecar | {"ids": ["r1", "r2"], "num_rows": 2}))
+    assert score(file)[0]["total"] == 50, "every row that is there was asked"
+    write_whole(tmp_path / "out.run.json", json.dumps(sidecar | {"ids": ["r1", "r99"], "num_rows": 2}))
+    summary, printed = score(file)
+    assert (summary["total"], summary["missing"]) == (51, 1) and "51 of 100 rows of the benchmark were asked" in printed
+    with file.open("a") as stream:
+        stream.write(json.dumps(QUESTION) + "\n")
+    result = CliRunner().invoke(app, [str(file)])
+    assert result.exit_code == 1 and "1 rows are no rows of" in result.stderr and "'q'" in result.stderr
+
+
+def test_a_run_is_scored_where_it_was_moved_to(tmp_path: Path) -> None:
+    rows = [mmar_like(number, random.Random(3)) for number in range(10)]
+    old, new = tmp_path / "old", tmp_path / "mnt" / "new"
+    old.mkdir()
+    file = run_with_sidecar(old, rows, [row | {"answer_prediction": row["answer"]} for row in rows[:5]])
+    sidecar = json.loads((old / "out.run.json").read_text())
+    write_whole(old / "out.run.json", json.dumps(sidecar | {"relative": {"questions": "MMAR-meta.jsonl"}}))
+    new.parent.mkdir()
+    old.rename(new)
+    summary, _ = score(new / file.name)
+    assert (summary["missing"], summary["macro_over"]) == (5, "modality") and summary["macro_accuracy"] is not None
+
+
+def test_rows_of_unknown_labels_are_counted_in_the_table_and_spoil_no_mean(tmp_path: Path) -> None:
+    rows = [mmar_like(number, random.Random(3)) for number in range(10)]
+    file = run_with_sidecar(tmp_path, rows, [row | {"answer_prediction": row["answer"]} for row in rows[:5]])
+    (tmp_path / "MMAR-meta.jsonl").unlink()
+    summary, printed = score(file)
+    assert sum(group["total"] for group in summary["by"]["modality"].values()) == 10
+    assert summary["by"]["modality"]["(unknown)"] | {} == summary["by"]["category"]["(unknown)"]
+    assert summary["by"]["modality"]["(unknown)"]["official_accuracy"] == 0.0
+    assert summary["macro_accuracy"] is None and "mean over modality" not in printed
+
+
+def test_intervals_are_wider_where_rows_share_a_recording(tmp_path: Path) -> None:
+    rows = [
+        QUESTION
+        | {"id": str(n), "url": f"https://youtu.be/video{n // 5:06}?t={n}", "answer_prediction": "AB"[n // 5 % 2]}
+        for n in range(100)
+    ]
+    summary, printed = score(write_rows(tmp_path / "p.jsonl", rows))
+    low, high = summary["strict_interval"]
+    assert (low, high) == pytest.approx(wilson(10, 20), abs=0.01), "twenty recordings, all of each right or wrong"
+    assert "intervals are of 20 recordings" in printed
 
 
 def test_fractions_and_intervals_of_a_tally_belong_together() -> None:
@@ -474,21 +627,78 @@ def test_tables_are_written_as_markdown_and_as_a_row_of_latex(tmp_path: Path) ->
 
 
 def test_mcnemars_test_is_the_exact_binomial_one() -> None:
-    assert mcnemar(0, 0) == mcnemar(3, 3) == 1.0
-    assert mcnemar(0, 5) == mcnemar(5, 0) == 2 / 2**5
-    assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
-    assert mcnemar(4000, 4200) == pytest.approx(0.0279, abs=2e-4)  # the normal approximation, continuity corrected
-    assert 0.0 < mcnemar(1000, 9000) < 1e-300 or mcnemar(1000, 9000) == 0.0
+    assert mcnemar([]) == mcnemar([0, 0]) == mcnemar([1] * 3 + [-1] * 3) == 1.0
+    assert mcnemar([1] * 5) == mcnemar([-1] * 5) == 2 / 2**5
+    assert mcnemar([1] * 8 + [-1] * 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert mcnemar([1] * 4200 + [-1] * 4000) == pytest.approx(0.0279, abs=2e-4)  # the normal one, continuity corrected
+    assert mcnemar([1] * 9000 + [-1] * 1000) < 1e-300
+    for first, second in ((3, 9), (0, 20), (55, 70)):
+        assert mcnemar([1] * second + [-1] * first) == pytest.approx(binomtest(first, first + second).pvalue)
 
 
-def test_bootstrap_intervals_agree_with_the_formulas_where_there_are_some() -> None:
+@given(st.lists(st.integers(-4, 4), max_size=9))
+def test_recordings_are_flipped_together_in_every_way(differences: list[int]) -> None:
+    far = abs(sum(differences))
+    flips = list(itertools.product([1, -1], repeat=len(differences)))
+    as_far = sum(abs(sum(sign * each for sign, each in zip(flip, differences, strict=True))) >= far for flip in flips)
+    assert mcnemar(differences) == pytest.approx(as_far / len(flips))
+
+
+def test_intervals_agree_with_the_formulas_where_there_are_some() -> None:
     low, high = difference_interval(40, 60, 1000)
     half = 1.96 * math.sqrt((0.1 - 0.02**2) / 1000)
     assert (low, high) == pytest.approx((0.02 - half, 0.02 + half), abs=2e-3)
-    low, high = macro_interval([(50, 100), (200, 400)])
+    low, high = mean_interval([(0.5, wilson(50, 100)), (0.5, wilson(200, 400))])
     half = 1.96 * math.sqrt((0.25 / 100 + 0.25 / 400) / 4)
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=4e-3)
-    assert macro_interval([(3, 3), (0, 4)]) == (0.5, 0.5)
+    assert wilson(7, 40) == pytest.approx(tuple(binomtest(7, 40).proportion_ci(method="wilson")))
+
+
+def test_intervals_have_a_width_at_the_ends() -> None:
+    low, high = difference_interval(0, 0, 50)
+    assert (low, high) == pytest.approx((-(z2 := 1.96**2) / (50 + z2), z2 / (50 + z2)), abs=1e-3)
+    assert difference_interval(0, 50, 50)[0] < 0.9 and difference_interval(50, 0, 50)[1] > -0.9
+    low, high = mean_interval([(1.0, wilson(10, 10))] * 3)
+    assert high == 1.0 and wilson(30, 30)[0] - 0.06 < low < wilson(30, 30)[0]
+    low, high = mean_interval([(1.0, wilson(3, 3)), (0.0, wilson(0, 4))])
+    assert low < 0.35 and high > 0.65
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+def test_an_interval_of_a_difference_holds_it_and_mirrors(only_first: int, only_second: int, others: int) -> None:
+    total = only_first + only_second + others + 1
+    low, high = difference_interval(only_first, only_second, total)
+    assert -1 <= low < (only_second - only_first) / total < high <= 1 or low < high
+    assert difference_interval(only_second, only_first, total) == pytest.approx((-high, -low), abs=1e-9)
+
+
+@pytest.mark.parametrize(("share_of_second", "share_of_first"), [(0.05, 0.02), (0.0, 0.01), (0.2, 0.2)])
+def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(
+    share_of_second: float, share_of_first: float
+) -> None:
+    draws = np.random.default_rng(0).multinomial(
+        60, [share_of_first, share_of_second, 1 - share_of_first - share_of_second], 800
+    )
+    truth = share_of_second - share_of_first
+    held = [low <= truth <= high for low, high in (difference_interval(b, c, 60) for b, c, _ in draws.tolist())]
+    assert sum(held) / len(held) > 0.93
+
+
+def test_rows_of_one_recording_are_worth_less_than_as_many_recordings() -> None:
+    each = [f"r{n}" for n in range(12)]
+    assert effective_size([1, 0] * 6, each) == 12
+    assert effective_size([1] * 6 + [0] * 6, ["a"] * 6 + ["b"] * 6) == 1.0, "each says the same six times"
+    assert effective_size([1, 0] * 6, ["a"] * 6 + ["b"] * 6) == 12, "never more than there are rows"
+    assert effective_size([1] * 12, [name for name in "abc" for _ in range(4)]) == 3, "no estimate: each counts once"
+    assert effective_size([], []) == 0 and effective_size([1, 0], ["a", "a"]) == 1
+    chance = np.random.default_rng(0)
+    held = 0
+    for _ in range(300):  # 40 recordings of five questions that are all right or all wrong together
+        verdicts = np.repeat(chance.random(40) < 0.6, 5)
+        names = [str(n) for n in np.repeat(np.arange(40), 5)]
+        low, high = wilson(verdicts.sum(), 200, effective_size(verdicts.astype(float).tolist(), names))
+        held += low <= 0.6 <= high
+    assert held / 300 > 0.92
 
 
 def test_pass_at_k_is_the_share_of_the_subsets_that_hold_a_right_answer() -> None:

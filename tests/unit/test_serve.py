@@ -7,10 +7,12 @@ import base64
 import contextlib
 import io
 import json
+import random
 import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +24,14 @@ import psutil
 import pytest
 import soundfile
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from echo_plugins.model import QWEN2_5_OMNI
 from echo_plugins.relisten.trajectory import SpecialIds, Trajectory
 from eval import serve
-from eval.chat_api import Clip
+from eval.chat_api import _NOT_DONE, ApiError, ChatRequest, Clip, question_and_audio, read_clip, read_request
 from eval.engine import EngineDied, EngineSettings, Question, Sampling
 from eval.serve import Completion, EventStream, Server, ServerSettings, Ticket, make_app
 
@@ -230,7 +234,7 @@ def test_a_stream_that_begins_when_all_is_said_holds_all_of_it() -> None:
         completion = Completion("row", clip, Sampling(), trajectory, 75, settings)
         answering = asyncio.create_task(Server(listener, settings).answer(completion))
         await answering
-        stream = EventStream(completion, answering, False, Ticket(), contextlib.ExitStack())
+        stream = EventStream(completion, answering, Ticket(), contextlib.ExitStack())
         return "".join([str(event) async for event in stream.body_iterator])
 
     events = asyncio.run(tell()).split("\n\n")
@@ -351,6 +355,15 @@ def test_hours_of_silence_in_a_small_file_are_never_decoded(shared: Served) -> N
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"max_segments": 9}, 400, "8 are allowed"),
         ({"mode": "loud"}, 400, "mode: "),
+        ({"max_segment": 1}, 400, "'max_segment' is no parameter here: is 'max_segments' meant?"),
+        ({"temprature": 0}, 400, "is 'temperature' meant?"),
+        ({"x" * 90_000: 1}, 400, "is no parameter here; what is not known is not ignored"),
+        ({"ignore_eos": True}, 400, "'ignore_eos' is not supported"),
+        ({"stop_token_ids": [1]}, 400, "'stop_token_ids' is not supported"),
+        ({"top_logprobs": 3}, 400, "'top_logprobs' is not supported"),
+        ({"reasoning_effort": "high"}, 400, "'reasoning_effort' is not supported"),
+        ({"stream_options": {"include_usages": True}}, 400, "stream_options.include_usages"),
+        ({"messages": asking(as_input(WAV) | {"sampling_rate": 8000})["messages"]}, 400, "sampling_rate"),
     ],
 )
 def test_what_cannot_be_answered_as_asked_is_refused_by_name(
@@ -361,13 +374,28 @@ def test_what_cannot_be_answered_as_asked_is_refused_by_name(
     assert len(told) < 500, "a message never repeats the audio"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"model": NaN}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"model": NaN}',
+        b"[" * 100_000,
+        b'{"a":' * 9000,
+        b'{"x": "\\ud800"}',
+        b'["\\udc00"]',
+    ],
+)
 def test_a_body_that_is_no_request_is_refused(shared: Served, content: bytes) -> None:
     assert refusal(shared.http.post("/v1/chat/completions", content=content))[0] == 400
 
 
-def test_fields_that_ask_for_nothing_and_unknown_ones_do_no_harm(shared: Served) -> None:
-    idle = {"n": 1, "stop": None, "frequency_penalty": 0.0, "logprobs": False, "tools": [], "user": "me", "x": 1}
+def test_fields_that_ask_for_nothing_do_no_harm(shared: Served) -> None:
+    idle = {"n": 1, "stop": None, "frequency_penalty": 0.0, "logprobs": False, "tools": [], "user": "me", "store": True}
+    idle |= {"stream_options": None, "tool_choice": "none", "ignore_eos": False, "reasoning_effort": None}
     assert said(shared.post(asking(as_input(WAV), **idle))) == CLIPS
 
 
@@ -410,10 +438,130 @@ def test_with_a_key_only_its_holders_are_served() -> None:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             assert refusal(served.post(asking(as_input(WAV)), headers=headers))[0] == 401
             assert served.http.get("/v1/models", headers=headers).status_code == 401
+        for given in ("bearer secret", "BEARER secret", "Bearer  secret"):
+            assert served.http.get("/v1/models", headers={"Authorization": given}).is_success
         good = {"Authorization": "Bearer secret"}
         assert said(served.post(asking(as_input(WAV)), headers=good)) == CLIPS
         assert served.http.get("/v1/models", headers=good).json()["data"][0]["id"] == "echo"
         assert served.http.get("/health").json() == {"status": "ok"} and served.http.get("/metrics").is_success
+
+
+def test_a_key_beyond_ascii_is_taken_as_clients_send_it() -> None:
+    with serving(api_key="schl\u00fcssel") as served:
+        for coding, status in (("utf-8", 200), ("latin-1", 200), ("utf-16", 401)):
+            headers = [(b"authorization", b"Bearer " + "schl\u00fcssel".encode(coding).replace(b"\0", b"."))]
+            assert served.http.get("/v1/models", headers=headers).status_code == status
+
+
+def test_base64_is_taken_in_the_forms_that_clients_write(shared: Served) -> None:
+    content = sound("FLAC")
+    plain = base64.b64encode(content).decode()
+    wrapped = "\r\n".join(plain[place : place + 76] for place in range(0, len(plain), 76)) + "\n"
+    url_safe = base64.urlsafe_b64encode(content).decode().rstrip("=")
+    assert "+" in plain and "-" in url_safe
+    for data in (plain, wrapped, url_safe, f"DATA:audio/flac;BASE64,{wrapped}"):
+        assert said(shared.post(asking({"type": "input_audio", "input_audio": {"data": data}}))) == CLIPS
+        if not data.startswith("DATA"):
+            assert said(shared.post(asking(as_url(f"Data:audio/flac;base64,{data}")))) == CLIPS
+    for data in (plain[:-5] + "!", "\u00e9", "A"):
+        assert "not base64" in refusal(shared.post(asking({"type": "input_audio", "input_audio": {"data": data}})))[1]
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "big.wav").open("wb") as file:
+        file.truncate(3 * 2**30)
+    before = psutil.Process().memory_info().rss
+    with serving(audio_root=tmp_path, max_body_bytes=2**20) as served:
+        status, told = refusal(
+            served.post(asking(as_url((tmp_path / "big.wav").as_uri().replace("file:", "FILE:", 1))))
+        )
+    assert status == 413 and "1,048,576 bytes that are allowed" in told
+    assert psutil.Process().memory_info().rss - before < 100 * 2**20
+
+
+def test_requests_that_have_no_room_in_memory_wait_and_all_are_answered() -> None:
+    """Twenty-four bodies of 12 MB each, where two have room. Only a clip's samples are held until it is answered."""
+    body = json.dumps(asking(as_input(sound(seconds=280, rate=16_000)))).encode()
+    limits = {"max_held_bytes": 75_000_000, "max_body_bytes": 16_000_000, "concurrency": 1, "max_waiting": 60}
+    with serving(**limits) as served, ThreadPoolExecutor(24) as pool:
+        memory, before = served.server.memory, psutil.Process().memory_info().rss
+        most = [0, 0]
+
+        def post(_: int) -> str:
+            return said(served.http.post("/v1/chat/completions", content=body, timeout=120))
+
+        answers = [pool.submit(post, number) for number in range(24)]
+        while not all(answer.done() for answer in answers):
+            most = [max(most[0], memory.taken), max(most[1], psutil.Process().memory_info().rss - before)]
+            time.sleep(0.01)
+        assert [answer.result() for answer in answers] == [CLIPS] * 24
+        assert memory.taken == 0 and 0 < most[0] <= 75_000_000
+        assert most[1] < 400 * 2**20, "of 24 x 12 MB of bodies and 24 x 18 MB of samples"
+
+
+def test_a_request_that_finds_no_room_in_time_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.2)
+    with serving(max_held_bytes=20_000_000, concurrency=1) as served, ThreadPoolExecutor(1) as pool:
+        served.server.memory.taken = 20_000_000
+        response = pool.submit(served.post, asking(as_input(WAV))).result()
+        assert refusal(response)[0] == 429 and response.headers["retry-after"] == "1"
+        served.server.memory.taken = 0
+        assert said(served.post(asking(as_input(WAV)))) == CLIPS
+
+
+def test_a_mistake_of_the_server_is_said_in_openais_form() -> None:
+    with serving() as served:
+        served.listener.death = TypeError("a mistake")
+        assert refusal(served.post(asking(as_input(WAV)))) == (500, "the server failed: TypeError")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+URLS = st.from_regex(r"(data|file|http)?:?/{0,3}[a-z,;%.\[]{0,9}")
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "input_audio", "audio_url"])},
+    optional={
+        "text": st.text(max_size=9) | ANYTHING,
+        "input_audio": st.fixed_dictionaries({"data": st.text("ABab+/=-_ \n&", max_size=9) | ANYTHING}) | ANYTHING,
+        "audio_url": st.fixed_dictionaries({"url": st.from_regex(r"(data|file|http)?:?/{0,3}[a-z,;%.\[]{0,9}")})
+        | ANYTHING,
+    },
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "tool"]), "content": st.lists(PARTS) | ANYTHING}
+)
+BODIES = st.dictionaries(
+    st.sampled_from(sorted({*ChatRequest.model_fields, *_NOT_DONE, "user", "max_segment"})), ANYTHING, max_size=5
+).flatmap(lambda more: st.builds(lambda messages: {"model": "echo", "messages": messages} | more, st.lists(MESSAGES)))
+
+
+@given(BODIES | ANYTHING)
+@settings(max_examples=100)
+def test_whatever_a_body_holds_it_is_a_request_or_refused(body: Any) -> None:
+    with contextlib.suppress(ApiError):
+        _, part = question_and_audio(read_request(json.dumps(body).encode("utf-8", "surrogatepass")))
+        read_clip(part, Path(__file__).parent, 300, 2**20)
+
+
+def test_a_good_body_that_is_damaged_anywhere_is_answered_or_refused(shared: Served) -> None:
+    whole = json.dumps(asking(as_input(sound("FLAC", seconds=0.2)), temperature=0.5, stream=False)).encode()
+    chance = random.Random(20261127)
+    statuses: Counter[int] = Counter()
+    for _ in range(400):
+        place, length = chance.randrange(len(whole)), chance.choice([1, 1, 2, 9])
+        put = chance.choice(
+            [b"", b"0", b'"', b"\\", b"\xff", b"\\ud800", b"[[", b"null", bytes([chance.randrange(256)])]
+        )
+        damaged = whole[:place] + put + whole[place + length :]
+        response = shared.http.post("/v1/chat/completions", content=damaged)
+        statuses[response.status_code] += 1
+        assert response.status_code < 500, damaged
+        if response.status_code != 200:
+            refusal(response)
+    assert statuses[200] and statuses[400]
 
 
 def test_a_body_over_the_limit_is_refused_whether_or_not_it_says_its_length() -> None:

@@ -1,5 +1,6 @@
 """The filters of data synthesis: what each objects to, and what it lets pass."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.synthesis import filters
 from converters.synthesis.config import DEFAULT_FILTERS, Benchmark, Config, Limits, NearDuplicate
 from converters.synthesis.sample import Sample
+from converters.synthesis.soundprint import SoundIndex, sparse
+from echo_plugins.audio import load
 
 
 def limits(**changes: Any) -> Limits:
@@ -201,11 +205,144 @@ def test_a_row_that_a_benchmark_holds_is_found_by_name_place_sound_and_question(
     assert "abcdefghijk" in (found.find(sample(meta=spot)) or "")
     assert found.find(sample(meta=spot | {"timestamp": "01:10,01:20"})) is None
     soundfile.write(tmp_path / "copy.flac", soundfile.read(tmp_path / "held.wav")[0], 16_000, subtype="PCM_16")
-    assert "sound" in (found.find(sample(audio_sha256=filters.audio_hash(str(tmp_path / "copy.flac")))) or "")
+    assert "sound" in (found.find(sample(audio_sha256=filters.sound_hash(load(tmp_path / "copy.flac")))) or "")
     asked = "How many seconds pass between the very first knock and the last of the church bells?"
     asking = filters.HeldQuestions([benchmark], jaccard=0.8)
     assert "nearly the same" in (asking.find(asked) or "")
     assert asking.find("Which of the sounds is heard first?") is None
+
+
+MMAR_URL = "https://www.youtube.com/watch?v=dQw4w9WgXcQ"
+
+
+def of_video(times: str | list[float], **more: Any) -> dict[str, Any]:
+    """A row as MMAR has it."""
+    return {"id": "row one", "audio_path": "none.wav", "question": "?", "url": MMAR_URL, "timestamp": times} | more
+
+
+def held(folder: Path, *rows: dict[str, Any]) -> filters.HeldClips:
+    (folder / "MMAR.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return filters.HeldClips([Benchmark(file=folder / "MMAR.jsonl")])
+
+
+ID = "dQw4w9WgXcQ"
+WATCH = f"https://m.youtube.com/watch?app=desktop&v={ID}&t=3s"
+
+
+def audiocaps(start: str) -> dict[str, Any]:
+    """A clip of 10 s as the preset makes it of AudioCaps' columns."""
+    return {"audio": "c7.wav", "recording": ID, "meta": {"recording": ID, "start_time": start}}
+
+
+@pytest.mark.parametrize(
+    ("row", "is_held"),
+    [
+        (audiocaps("30"), True),
+        (audiocaps("39"), True),  # 1 s in common
+        (audiocaps("40"), False),
+        (audiocaps("20"), False),
+        ({"recording": ID, "audio": f"{ID}_30000.wav"}, True),  # AudioSet-strong: milliseconds, so not known
+        ({"recording": f"{ID}_000030"}, True),  # AVQA's video_name
+        ({"recording": f"{ID}_000130"}, False),
+        ({"meta": {"url": f"https://youtu.be/{ID}?t=3", "timestamp": "30,40"}}, True),
+        (
+            {"meta": {"url": f"https://m.youtube.com/watch?app=desktop&v={ID}&t=3s", "timestamp": "00:00:31,00:00:41"}},
+            True,
+        ),
+        ({"meta": {"source_url": f"https://www.youtube.com/shorts/{ID}", "start": 50.0, "end": 60.0}}, False),
+        ({"meta": {"ytid": ID, "start_s": 35, "end_s": 45}}, True),  # MusicCaps
+        ({"meta": {"YTID": ID}}, True),
+        ({"audio": f"wavs/Y{ID}.wav"}, True),
+        ({"audio": f"wavs/[{ID}]-[30-40].wav"}, True),
+        ({"audio": f"{ID}_30.000_40.000.flac"}, True),
+        ({"audio": f"{ID}_00-01-30_00-01-40.wav"}, False),
+        ({"meta": {"ytid": "another_one"}}, False),
+    ],
+)
+def test_the_same_seconds_of_a_video_are_found_however_a_set_spells_it(
+    row: dict[str, Any], is_held: bool, tmp_path: Path
+) -> None:
+    found = held(tmp_path, of_video("00:00:30,00:00:40"))
+    assert (found.find(sample(**row)) is not None) == is_held
+    assert "source" in (found.compared(sample(**row)) or [])
+    if is_held:
+        assert "row one" in str(found.find(sample(**row)))
+
+
+def test_times_that_are_not_known_may_be_the_same(tmp_path: Path) -> None:
+    row = sample(meta={"ytid": ID, "start_s": 500, "end_s": 510})
+    assert held(tmp_path, of_video("")).find(row) is not None
+    assert held(tmp_path, of_video("30,40"), of_video([505.0, 520.0], id="row two")).find(row) is not None
+    assert held(tmp_path, of_video("30,40")).find(row) is None
+
+
+def test_a_page_of_any_site_is_a_source_too(tmp_path: Path) -> None:
+    found = held(tmp_path, of_video("", url="https://freesound.org/people/x/sounds/123/"))
+    assert found.find(sample(meta={"url": "https://freesound.org/people/x/sounds/123/#c"})) is not None
+    assert found.find(sample(meta={"url": "https://freesound.org/people/x/sounds/124/"})) is None
+    bilibili = held(tmp_path, of_video("10,20", url="https://www.bilibili.com/video/BV1xw411A7gP/?p=1"))
+    assert bilibili.find(sample(audio="BV1xw411A7gP_00-00-15_00-00-25.wav")) is not None
+    assert bilibili.find(sample(audio="BV1xw411A7gP_00-00-25_00-00-35.wav")) is None
+
+
+def test_a_screen_says_by_what_it_could_compare(tmp_path: Path) -> None:
+    assert filters.HeldClips([]).compared(sample()) is None
+    assert held(tmp_path, {"id": "3", "audio_path": "a.wav", "question": "?"}).compared(sample()) == []
+    found = held(tmp_path, of_video("30,40"))
+    assert found.compared(sample()) == [] and found.compared(sample(audio="some name.wav")) == ["name"]
+    assert found.compared(sample(**audiocaps("1"))) == ["name", "source"]
+    assert found.compared(sample(meta={"ytid": ID[:-1]})) == ["name"], "ten characters are no id"
+
+
+def played(seed: int, seconds: float = 8.0) -> np.ndarray:
+    """Notes, sweeps and bursts of noise."""
+    chance = np.random.default_rng(seed)
+    sound = np.zeros(round(seconds * 16_000))
+    for _ in range(round(4 * seconds)):
+        start = chance.integers(0, len(sound) - 1_600)
+        times = np.arange(min(len(sound) - start, chance.integers(1_600, 16_000))) / 16_000
+        pitch = chance.uniform(200, 2_000) + chance.uniform(-500, 500) * times * chance.integers(2)
+        tone = np.sin(2 * np.pi * pitch * times) if chance.random() < 0.7 else chance.normal(size=len(times))
+        sound[start : start + len(times)] += tone * np.exp(-times * chance.uniform(1, 10))
+    return (0.8 * sound / np.abs(sound).max()).astype(np.float32)
+
+
+def encoded(sound: np.ndarray, format: str, subtype: str | None = None, rate: int = 16_000) -> np.ndarray:
+    stream = io.BytesIO()
+    soundfile.write(stream, sound, rate, format=format, subtype=subtype)
+    return load(stream.getvalue())
+
+
+def test_the_same_sound_is_found_however_it_was_encoded_and_cut() -> None:
+    index = SoundIndex()
+    for seed in range(12):
+        index.add(str(seed), played(seed))
+    missed = []
+    for seed in range(12):
+        sound = played(seed)
+        for name, other in {
+            "mp3": encoded(sound, "MP3"),
+            "vorbis": encoded(sound, "OGG", "VORBIS"),
+            "quiet and cut": encoded(0.2 * sound[32_777:100_005], "MP3"),
+            "telephone": encoded(soxr.resample(sound, 16_000, 8_000), "WAV", rate=8_000),
+            "part of a longer one": np.concatenate([played(100 + seed, 3), sound, played(200 + seed, 3)]),
+        }.items():
+            if index.find(sparse(other)) != str(seed):
+                missed.append((seed, name))
+    assert len(missed) <= 1, missed
+    assert [index.find(sparse(played(1_000 + seed))) for seed in range(40)] == [None] * 40
+    for silent in (np.zeros(160_000, np.float32), np.zeros(100, np.float32), played(3)[:8_000]):
+        assert index.find(sparse(silent)) is None
+
+
+def test_a_clip_of_a_benchmark_is_found_by_its_sound_under_another_name(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "none.wav", played(1), 16_000)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": "1", "audio_path": "none.wav", "question": "?"}) + "\n")
+    found = filters.HeldClips([Benchmark(file=tmp_path / "b.jsonl", audio_root=tmp_path)])
+    copy = encoded(played(1)[16_000:], "MP3")
+    row = sample(audio_sha256=filters.sound_hash(copy), sound_print=sparse(copy))
+    assert "b (1) has the same sound" in str(found.find(row)) and found.compared(row) == ["sound"]
+    assert found.find(sample(sound_print=sparse(played(2)))) is None
 
 
 WORDS = st.sets(st.sampled_from("abcdefghijklmnop"), min_size=1, max_size=12)

@@ -14,6 +14,7 @@ from echo_plugins.relisten.transcript import (
     choice_letter,
     is_right,
     match_choice,
+    normal_text,
     official_match,
     parse,
 )
@@ -99,6 +100,37 @@ def test_the_strict_match_takes_a_choice_or_nothing(answer: str | None, index: i
     assert match_choice(answer, CHOICES) == index
 
 
+@pytest.mark.parametrize(
+    ("answer", "index"),
+    [
+        ("\uff22", 1),  # a full-width B
+        ("\uff42", 1),
+        ("B\u3002", 1),  # the Chinese full stop
+        ("B\uff0e", 1),
+        ("B\uff61", 1),
+        ("\uff08B\uff09", 1),  # full-width brackets
+        ("\uff08\uff22\uff09\u732b\u53eb", 1),
+        ("B\u3001\u732b\u53eb", 1),  # the Chinese comma of lists
+        ("B\uff1a\u732b\u53eb\u3002", 1),
+        ("\u732b\u53eb\u3002", 1),
+        ("A\u3001\u732b\u53eb", None),  # letter and text disagree
+        ("\u662f\u732b\u53eb", None),
+        ("A\u3001B", None),
+        ("cafe\u0301", 2),  # NFD, as macOS has it
+        ("**B**", None),
+    ],
+)
+def test_chinese_full_width_and_decomposed_answers_are_answers(answer: str, index: int | None) -> None:
+    choices = ["\u72d7\u53eb", "\u732b\u53eb", "caf\u00e9"]
+    assert match_choice(answer, choices) == index
+    assert is_right(answer, choices[1], choices) is (index == 1)
+
+
+def test_only_widths_are_folded_so_that_no_two_choices_become_one() -> None:
+    assert match_choice("5 m\u00b2", ["5 m2", "5 m\u00b2"]) == 1
+    assert match_choice("3.4", ["3\u30014", "3.4"]) == 1
+
+
 def test_a_choice_that_reads_like_a_letter_wins_over_the_letter() -> None:
     assert match_choice("A", ["B", "A"]) == 1
     assert match_choice("C", ["vitamin C", "vitamin A", "C"]) == 2
@@ -115,9 +147,8 @@ def test_the_strict_match_never_names_a_choice_whose_text_or_letter_was_not_said
     answer = data.draw(st.one_of(st.text(max_size=10), st.sampled_from(choices)))
     index = match_choice(answer, choices)
     if index is not None:
-        said = " ".join(answer.split()).casefold()
-        text = " ".join(choices[index].split()).rstrip(". ").casefold()
-        assert text in said or choice_letter(index).casefold() in said
+        said, text = normal_text(answer), normal_text(choices[index])
+        assert text == said or choice_letter(index).casefold() in said
 
 
 def official(prediction: str, answer: str, choices: list[str]) -> bool:
