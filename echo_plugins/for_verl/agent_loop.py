@@ -28,6 +28,7 @@ from ..audio import SAMPLING_RATE, AudioError, crop
 from ..model import FAMILIES
 from ..relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
 from ..relisten.trajectory import Settings, StopReason, Trajectory, expand_placeholders
+from .engine_watch import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class RelistenAgentLoop(AgentLoopBase):
         except TimeoutError:
             trajectory.fail(f"the rollout was not done after {self.timeout_seconds:g} s (echo.rollout_timeout_seconds)")
         except (AudioError, PromptTooLongError, RayError) as error:
-            trajectory.fail(f"{type(error).__name__}: {error}")
+            trajectory.fail(one_line(error))
         failed = trajectory.stop_reason is StopReason.ERROR
         if failed:
             _log.warning("== rollout of row %s failed: %s", row.get("index"), trajectory.error)

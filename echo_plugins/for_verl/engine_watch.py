@@ -54,6 +54,12 @@ def end_the_process() -> None:
     os._exit(1)
 
 
+def one_line(error: BaseException, most: int = 400) -> str:
+    """Type and message of an error. Those of Ray have many lines; the last ones are the remote cause."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
 def note_failure(cause: str) -> None:
     """Say it, and keep the first cause of the run's end where the stage finds it."""
     print(f"== {cause}", flush=True)

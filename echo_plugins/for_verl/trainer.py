@@ -43,7 +43,7 @@ from verl.utils.debug import marked_timer
 
 from ..relisten.segment import Refusal, Segment, overlap_ratio, union_seconds
 from ..relisten.trajectory import Attempt, StopReason
-from .engine_watch import EngineWatch, end_the_process, note_failure
+from .engine_watch import EngineWatch, end_the_process, note_failure, one_line
 from .reward_manager import preset_from_config
 
 _log = logging.getLogger(__name__)
@@ -109,12 +109,14 @@ class EchoTrainer(PPOTrainerSync):
         watch.start()
         try:
             return super().fit(*args, **kwargs)
+        except Exception as error:
+            note_failure(f"step {self.global_steps}: {one_line(error)}")
+            raise
         finally:
             watch.stop.set()
 
     def _end_for_a_dead_server(self, place: int, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        note_failure(f"step {self.global_steps}: the vLLM server of replica {place} has died: {reason}")
+        note_failure(f"step {self.global_steps}: the vLLM server of replica {place} has died: {one_line(error)}")
         end_the_process()
 
     def _load_checkpoint(self) -> None:

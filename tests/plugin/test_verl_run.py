@@ -203,6 +203,7 @@ def test_every_step_logs_what_re_listening_did(run: Run) -> None:
         *("reward/format", "reward/accuracy", "reward/segment", "reward/consistency", "reward/acc", "reward/failed"),
         *("segments/named", "segments/inserted", "segments/straddled", "segments/seconds", "segments/overlap"),
         *("segments/refused/past_end", "segments/refused/malformed", "tokens/sampled", "tokens/observation"),
+        *("failed/share", "failed/audio", "groups/equal", "groups/dropped"),
         *("stop/answered", "stop/length", "stop/error", "actor/kl_loss", "actor/pg_loss", "actor/grad_norm"),
     }
     for metrics in run.metrics.values():

@@ -30,7 +30,7 @@ from misbehaving_server import (
 
 from echo_plugins.chat_client import ChatClient, ChatError, Journal, Limits, Reply, Status, Usage, request_key
 
-QUICK = Limits(timeout_seconds=0.3, max_attempts=3, first_wait_seconds=0.01, longest_wait_seconds=0.02)
+QUICK = Limits(timeout_seconds=0.6, max_attempts=3, first_wait_seconds=0.01, longest_wait_seconds=0.02)
 
 
 def question(text: str = "what?", **more: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_what_passes_is_asked_again_until_it_is_answered(trouble: Behaviour) -> 
         (html(200), "no JSON"),
         (HalfJson(), "no JSON"),
         (Dropped(), "Error"),
-        (Hang(5), "within 0.3 s"),
+        (Hang(5), "within 0.6 s"),
         (rate_limited(), "status 429"),
     ],
     ids=repr,
