@@ -124,12 +124,15 @@ class EchoTrainer(PPOTrainerSync):
         self._prune_checkpoints(torn=True)
 
     def _save_checkpoint(self) -> None:
+        self._prune_checkpoints(room_for=1)
         super()._save_checkpoint()
         self._prune_checkpoints()
 
-    def _prune_checkpoints(self, torn: bool = False) -> None:
+    def _prune_checkpoints(self, torn: bool = False, room_for: int = 0) -> None:
+        """`room_for`: so many more are about to be written. One whole checkpoint is always left."""
         keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
-        prune_checkpoints(Path(self.config.trainer.default_local_dir), keep, torn)
+        if keep:
+            prune_checkpoints(Path(self.config.trainer.default_local_dir), max(1, keep - room_for), torn)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
         """verl calls this first with a step's rollouts. Those that failed leave their groups here: a score of 0 that no
