@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -26,7 +28,7 @@ from typing import Any, TypeGuard, TypeVar
 import orjson
 
 from echo_plugins.relisten.prompt import contains_reserved
-from echo_plugins.relisten.segment import CLOSE_TAG, OPEN_TAG, Refusal, find_tags
+from echo_plugins.relisten.segment import CLOSE_TAG, MAX_SEGMENTS, OPEN_TAG, Refusal, find_tags, resolve
 
 MIN_CHOICES = 2
 MAX_CHOICES = 26  # the prompt letters them A to Z
@@ -34,6 +36,13 @@ END_TOLERANCE_SECONDS = 0.05  # labels and tags are rounded: an END may pass the
 
 # Our own grammar inside a data set's text would open or close blocks that the writer never meant.
 _GRAMMAR = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+# Characters that nobody sees: NUL, the controls that turn the direction of a text round, blanks without a width. A text
+# that holds one looks like another. The joiners U+200C and U+200D are letters' business in many scripts.
+_HIDDEN = re.compile("[\x00\u200b\u202a-\u202e\u2066-\u2069\ufeff]")
+# A choice that carries its own letter: "(A) a car", "A. a car", "A) a car", "A: a car". "A minor" does not.
+_LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s+(\S.*)", re.DOTALL)
 
 
 # A row's tags are asked for up to three times while it is in hand; finding them is the dearest step of a conversion.
@@ -52,6 +61,7 @@ class Reason(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     EMPTY_TEXT = "empty_text"
     RESERVED_TEXT = "reserved_text"
+    HIDDEN_CHARACTER = "hidden_character"
     WRONG_NUMBER_OF_CHOICES = "wrong_number_of_choices"
     DUPLICATE_CHOICE = "duplicate_choice"
     ANSWER_NOT_A_CHOICE = "answer_not_a_choice"
@@ -60,6 +70,8 @@ class Reason(StrEnum):
     BAD_EVENT = "bad_event"
     MALFORMED_TAG = "malformed_tag"
     SEGMENT_OUTSIDE_AUDIO = "segment_outside_audio"
+    SEGMENT_TOO_SHORT = "segment_too_short"
+    TOO_MANY_TAGS = "too_many_tags"
     AUDIO_OUTSIDE_ROOT = "audio_outside_root"
     AUDIO_MISSING = "audio_missing"
     AUDIO_UNREADABLE = "audio_unreadable"
@@ -120,8 +132,7 @@ class AudioQA:
         if not isinstance(row, dict):
             raise RowError(Reason.NOT_AN_OBJECT, f"a row is a JSON object, this is {_shown(row)}")
         duration = _duration(row.get("duration"))
-        choices = _choices(row)
-        answer = _text(row, "answer")
+        choices, answer = without_letters(_choices(row), _text(row, "answer"))
         if answer not in choices:
             raise RowError(Reason.ANSWER_NOT_A_CHOICE, f"answer {_shown(answer)} is not among {_shown(choices)}")
         think = None if row.get("think") is None else _text(row, "think")
@@ -230,14 +241,19 @@ def cut_ends(record: AnyRecord, duration_seconds: float, tolerance_seconds: floa
 
 
 def check_tags(text: str, duration_seconds: float | None) -> None:
-    """Every tag of a training text must be well formed and lie inside the clip. Raises RowError.
+    """Every tag of a training text must be one that a clip follows: well formed, inside the clip, not too short, and at
+    most MAX_SEGMENTS of them. A tag without a clip would teach to name segments and hear nothing. Raises RowError.
 
-    Too short is allowed: such a tag inserts nothing. Without a duration only the grammar is judged.
+    Without a duration the grammar, the length and the number are judged.
     """
     tags = tags_of(text)
+    if len(tags) > MAX_SEGMENTS:
+        raise RowError(Reason.TOO_MANY_TAGS, f"{len(tags)} tags, and a clip follows the first {MAX_SEGMENTS} only")
     for tag in tags:
         if isinstance(tag.meaning, Refusal):
             raise RowError(Reason.MALFORMED_TAG, f"{tag.meaning} tag {_shown(text[tag.start : tag.end])}")
+        if resolve(tag.meaning, math.inf if duration_seconds is None else duration_seconds) is Refusal.TOO_SHORT:
+            raise RowError(Reason.SEGMENT_TOO_SHORT, f"no clip follows {text[tag.start : tag.end]}: it is too short")
         if duration_seconds is not None and (
             tag.meaning.start_seconds >= duration_seconds
             or tag.meaning.end_seconds > duration_seconds + END_TOLERANCE_SECONDS
@@ -345,6 +361,10 @@ def _checked(value: str, name: str, tags_allowed: bool) -> str:
     text = value.strip()
     if not text:
         raise RowError(Reason.EMPTY_TEXT, f"{name!r} is empty")
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)  # as the tokenizers of Qwen write it
+    if hidden := _HIDDEN.search(text):
+        raise RowError(Reason.HIDDEN_CHARACTER, f"{name!r} holds U+{ord(hidden[0]):04X} at character {hidden.start()}")
     if "<" in text:
         grammar = _GRAMMAR if tags_allowed else (*_GRAMMAR, OPEN_TAG, CLOSE_TAG)
         reserved = contains_reserved(text) or next((token for token in grammar if token in text), None)
@@ -386,6 +406,15 @@ def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
     return choices
 
 
+def without_letters(choices: tuple[str, ...], answer: str) -> tuple[tuple[str, ...], str]:
+    """Choices that all carry their own letters without them, since the prompt letters them; the answer likewise."""
+    found = [_LETTERED.fullmatch(choice) for choice in choices]
+    bare = [match[3] for place, match in enumerate(found) if match and (match[1] or match[2]) == chr(65 + place)]
+    if len(bare) < len(choices) or len({text.casefold() for text in bare}) < len(bare):
+        return choices, answer
+    return tuple(bare), bare[choices.index(answer)] if answer in choices else answer
+
+
 def _is_number(value: object) -> TypeGuard[float]:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  neither bool nor a subclass
 
@@ -415,7 +444,7 @@ def _event(item: object, duration_seconds: float | None) -> Event:
     if not _is_number(start) or not _is_number(end) or not 0 <= start < end:
         raise RowError(Reason.BAD_EVENT, f"0 <= start < end is needed, in seconds: {_shown(item)}")
     meta = {key: item[key] for key in item if key not in _EVENT_FIELDS} if len(item) > len(_EVENT_FIELDS) else {}
-    event = Event(label, float(start), float(end), meta)
+    event = Event(_checked(label, "label", True), float(start), float(end), meta)
     if duration_seconds is not None:
         _check_event_end(event, duration_seconds)
     return event

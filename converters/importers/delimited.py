@@ -28,6 +28,7 @@ from converters.importers.mapping import (
     preset_option,
     read_label_map,
     record_of_clip,
+    require_columns,
 )
 
 _MAX_CELL_CHARS = 1 << 20
@@ -63,6 +64,9 @@ def main(
     headers, columns = layout.reader.get("header_rows", 1), layout.reader.get("columns")
     gathered = "event.label" in layout.fields or layout.reader.get("gathered", False)
 
+    first = next(read_table(source, parted_by, quoted, headers, columns, lambda _: None, names_only=True), (0, {}))[1]
+    require_columns(map_, first if isinstance(first, dict) else (), str(source))
+
     def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:
         table = read_table(source, parted_by, quoted, headers, columns, advance)
         return mapper.clips(table) if gathered else table
@@ -78,6 +82,7 @@ def read_table(
     header_rows: int,
     columns: list[str] | None,
     advance: Callable[[int], None],
+    names_only: bool = False,
 ) -> Iterator[Numbered]:
     """(line, {column: cell}) of every row. Several header rows are joined by dots; with `columns` there is none."""
     csv.field_size_limit(_MAX_CELL_CHARS)
@@ -86,6 +91,9 @@ def read_table(
         reader = csv.reader(_counted(stream, advance), delimiter=delimiter, quoting=quoting)
         try:
             names = columns or _header(reader, header_rows)
+            if names_only:
+                yield 0, dict.fromkeys(names, "")
+                return
             for cells in reader:
                 if not cells:
                     continue

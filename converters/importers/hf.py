@@ -22,7 +22,7 @@ from converters.atomic import StagedFile
 from converters.audio_qa import Reason, Record, RowError
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.answers import AnswerForm
-from converters.importers.mapping import MapOption, Mapper, Preset
+from converters.importers.mapping import MapOption, Mapper, Preset, require_columns
 
 _BATCH_ROWS = 16  # a row can hold minutes of sound
 
@@ -48,6 +48,7 @@ def main(
     audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
     mapper = Mapper(layout, audio, source.stem)
     files = _data_files(source)
+    require_columns(map_, _schema(files[0]).names, str(files[0]))
 
     def to_record(line: int, row: object) -> Record:
         if isinstance(row, dict) and isinstance(row.get(audio_column), dict):
@@ -65,10 +66,19 @@ def main(
 
 
 def _data_files(source: Path) -> list[Path]:
-    files = [source] if source.is_file() else sorted([*source.rglob("*.parquet"), *source.rglob("*.arrow")])
+    # map, filter and shuffle leave `cache-*.arrow` beside the data of a save_to_disk folder: other rows, or indices.
+    found = [source] if source.is_file() else sorted([*source.rglob("*.parquet"), *source.rglob("*.arrow")])
+    files = [file for file in found if source.is_file() or not file.name.startswith("cache-")]
     if not files:
         raise typer.BadParameter(f"{source} holds no .parquet and no .arrow file", param_hint="IN")
     return files
+
+
+def _schema(file: Path) -> pa.Schema:
+    if file.suffix == ".parquet":
+        return pq.read_schema(file)
+    with pa.memory_map(str(file)) as memory, pa.ipc.open_stream(memory) as stream:
+        return stream.schema
 
 
 def _rows(files: list[Path], audio_column: str, advance: Callable[[int], None]) -> Iterator[Numbered]:

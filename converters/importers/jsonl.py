@@ -11,6 +11,7 @@ are kept under `meta`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from converters import conversion
 from converters.audio_qa import Reason, RowError, parse_row, read_raw
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.answers import AnswerForm
-from converters.importers.mapping import MapOption, Mapper, load_preset, preset_option
+from converters.importers.mapping import MapOption, Mapper, load_preset, preset_option, require_columns
+
+LOOK_AHEAD_ROWS = 1_000  # a mapped key that none of them has is a typing error
 
 app = conversion.new_command()
 
@@ -53,6 +56,10 @@ def main(
     audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
     mapper = Mapper(layout, audio, source.stem)
     depth = layout.reader.get("depth", 0)
+    if map_ and not source.is_fifo():
+        seen = itertools.islice(_nested(source, depth) if depth else _files(source, lambda _: None), LOOK_AHEAD_ROWS)
+        parsed = [parse_row(row) if isinstance(row, bytes | str) else row for _, row in seen]
+        require_columns(map_, {key for row in parsed if isinstance(row, dict) for key in row}, str(source))
 
     def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:
         return _nested(source, depth) if depth else _files(source, advance)

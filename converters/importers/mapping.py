@@ -11,6 +11,7 @@ question becomes AudioQA, any other labelled audio.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,9 @@ _PRESETS = files("converters.importers") / "presets"
 _EVENT_KEYS = ("label", "start", "end", "duration", "kind", "text", "speaker", "confidence")
 _FIELD = re.compile(rf"{'|'.join(FIELDS[:-1])}|event\.(?:{'|'.join(_EVENT_KEYS)})|meta\.\w+")
 _SLOT = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?")  # float() would take nan, inf, 1_0 as well
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+)  # float() would take nan, inf, 1_0 as well
 _CLOCK = re.compile(r"([0-9]+):([0-9]{1,2}):([0-9]{1,2}(?:[.,][0-9]+)?)")
 
 MapOption = Annotated[
@@ -72,6 +75,24 @@ class Preset:
                 raise typer.BadParameter(f"{name!r} is mapped twice", param_hint="--map")
             given[name] = key
         return replace(self, fields={**self.fields, **given})
+
+
+def require_columns(pairs: Sequence[str], columns: Iterable[str], where: str) -> None:
+    """Each FIELD=KEY of `--map` must name a column that the source has: a typed name would lose a field in silence.
+    Raises typer.BadParameter (exit status 2)."""
+    names = set(columns)
+    for pair in pairs:
+        field_, _, key = pair.partition("=")
+        slots = [match[1] for match in _SLOT.finditer(key)] or ([key] if key in names else key.split(","))
+        for slot in slots:
+            ways = [way.strip() for way in slot.split("|")]
+            if not any(way in names or way.partition(".")[0] in names for way in ways):
+                close = difflib.get_close_matches(ways[0], names, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                shown = ", ".join(sorted(names)) or "none"
+                raise typer.BadParameter(
+                    f"{where} has no column {slot!r} for {field_}{hint} It has: {shown}", param_hint="--map"
+                )
 
 
 def preset_names(format_: str) -> list[str]:
@@ -176,6 +197,12 @@ class Mapper:
         found = {
             name: self._value(row, specs.get(name, name)) for name in {*specs, *own_names}.intersection(FIELDS[:-1])
         }
+        form = self.preset.answer
+        if (keyed := self._keyed_choices(row, specs, found.get("choices"))) is not None:
+            # The key decides, never the place. A letter that is no key names no choice.
+            said = found.get("answer")
+            found |= {"choices": list(keyed.values()), "answer": keyed.get(_key(said), said)}
+            form = AnswerForm.TEXT if form in (AnswerForm.AUTO, AnswerForm.LETTER) else form
         found["choices"] = choices_of(found.get("choices"))
         if isinstance(found.get("duration"), str):
             found["duration"] = seconds(found["duration"], "duration", Reason.BAD_DURATION)
@@ -189,8 +216,22 @@ class Mapper:
         if isinstance(found.get("audio"), str):
             found["audio"] = relative_audio(found["audio"], self.audio.root)
         if isinstance(found["choices"], list) and found.get("answer") is not None:
-            found["answer"] = answer_text(found["answer"], found["choices"], self.preset.answer)
+            found["answer"] = answer_text(found["answer"], found["choices"], form)
         return {name: value for name, value in found.items() if value is not None}
+
+    def _keyed_choices(self, row: Mapping[str, Any], specs: Mapping[str, Any], choices: Any) -> Any:
+        """Choices by their keys, in the order of the keys: those of an object, or of columns of which some are empty.
+        None for a list, whose places are its letters."""
+        if isinstance(choices, Mapping):
+            keyed = {_key(key): value for key, value in choices.items() if value not in (None, "")}
+            return dict(sorted(keyed.items(), key=lambda item: (len(item[0]), item[0])))
+        spec = specs.get("choices")
+        if not isinstance(spec, str) or "," not in spec or spec in row or "{" in spec:
+            return None
+        values = [look_up(row, part.strip()) for part in spec.split(",")]
+        if all(value not in (None, "") for value in values):
+            return None
+        return {chr(65 + place): value for place, value in enumerate(values) if value not in (None, "")}
 
     def _ended(self, item: Any, audio: Any) -> Any:
         """The last of `intervals` lasts until the end of the clip."""
@@ -349,6 +390,11 @@ def _keys_of(specs: Iterable[Any]) -> Iterator[str]:
             for slot in slots:
                 for key in (slot, *slot.split("|"), *slot.split(",")):
                     yield key.strip()
+
+
+def _key(value: Any) -> str:
+    """A choice's key, or an answer that may be one: (b), B. and b are B."""
+    return str(value).strip().strip("().:").strip().upper()
 
 
 def _first(row: Any, keys: str) -> Any:

@@ -157,8 +157,58 @@ def test_any_value_anywhere_is_taken_or_refused_with_a_reason(name: str, value: 
         assert AudioQA.from_json(record.to_json()) == record
 
 
-def test_a_tag_may_pass_the_end_by_the_rounding_and_may_be_too_short() -> None:
-    check_tags("<seg>0, 4.05</seg> <seg>1, 1.1</seg> none", 4.0)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<seg>1, 1.1</seg> none", Reason.SEGMENT_TOO_SHORT),
+        ("<seg>3.9, 4.05</seg> none", Reason.SEGMENT_TOO_SHORT),
+        ("<seg>1, 2</seg>" * 9, Reason.TOO_MANY_TAGS),
+        ("<seg>2, 1</seg>", Reason.MALFORMED_TAG),
+    ],
+)
+def test_a_tag_that_no_clip_would_follow_is_refused(text: str, reason: Reason) -> None:
+    with pytest.raises(RowError) as raised:
+        check_tags(text, 4.0)
+    assert raised.value.reason is reason
+    check_tags("<seg>1, 1.2</seg>" * 8, 4.0)
+
+
+def test_text_is_written_as_the_tokenizers_write_it() -> None:
+    import unicodedata
+
+    decomposed = [unicodedata.normalize("NFD", text) for text in ("ein Käuzchen", "ein Hund")]
+    record = AudioQA.from_json(row(choices=decomposed, answer=decomposed[0], think=None, question="Was hört man?"))
+    assert record.answer == "ein Käuzchen" == record.choices[0]
+    assert record.question == "Was hört man?"
+
+
+@pytest.mark.parametrize("hidden", ["\x00", "\u200b", "\u202e", "\u2066", "\ufeff"])
+def test_a_character_that_nobody_sees_is_named(hidden: str) -> None:
+    with pytest.raises(RowError, match=f"U\\+{ord(hidden):04X}"):
+        AudioQA.from_json(row(question=f"a{hidden}b"))
+    AudioQA.from_json(row(question="\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"))  # Persian needs its joiner
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "bare", "right"),
+    [
+        (["(A) a car", "(B) a dog"], "(B) a dog", ["a car", "a dog"], "a dog"),
+        (["A. a car", "B. a dog"], "A. a car", ["a car", "a dog"], "a car"),
+        (["A) a car", "B: a dog"], "B: a dog", ["a car", "a dog"], "a dog"),
+        (["A minor", "B minor"], "A minor", ["A minor", "B minor"], "A minor"),
+        (["(A) a car", "a dog"], "a dog", ["(A) a car", "a dog"], "a dog"),
+        (["(B) a car", "(A) a dog"], "(A) a dog", ["(B) a car", "(A) a dog"], "(A) a dog"),
+    ],
+)
+def test_choices_lose_letters_of_their_own_and_nothing_else(
+    choices: list[str], answer: str, bare: list[str], right: str
+) -> None:
+    record = AudioQA.from_json(row(choices=choices, answer=answer))
+    assert (list(record.choices), record.answer) == (bare, right)
+
+
+def test_a_tag_may_pass_the_end_by_the_rounding() -> None:
+    check_tags("<seg>0, 4.05</seg> none", 4.0)
     with pytest.raises(RowError, match=r"4\.06"):
         check_tags("<seg>0, 4.06</seg>", 4.0)
 

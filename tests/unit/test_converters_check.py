@@ -21,7 +21,7 @@ ROW = {
     "question": "q?",
     "choices": ["a dog", "a cat"],
     "answer": "a cat",
-    "think": "In <seg>0.50, 1.50</seg> a cat, <seg>1, 1.1</seg> too short.",
+    "think": "In <seg>0.50, 1.50</seg> a cat, and no more.",
 }
 
 

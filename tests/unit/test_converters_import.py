@@ -70,7 +70,7 @@ def test_a_field_map_walks_into_objects_and_lists_and_the_rest_becomes_meta(root
 
 
 def test_several_keys_make_one_list_of_choices(root: Path) -> None:
-    row = {"id": "x", "audio": "a.wav", "question": "q?", "a": "a dog", "b": "a cat", "answer": "a cat"}
+    row = {"id": "x", "audio": "a.wav", "question": "q?", "a": "a dog", "b": "a cat", "c": None, "answer": "a cat"}
     result, records, _ = import_rows(jsonl.app, [row], root, "--map", "choices=a,b,c")
     assert result.exit_code == 0, result.output
     assert records[0]["choices"] == ["a dog", "a cat"]
@@ -215,3 +215,37 @@ def test_benchmark_rows_that_cannot_be_used_are_named(root: Path) -> None:
         ("withheld", "missing_field"),
         ("other", "missing_field"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        ({"B": "a dog", "A": "a bell", "C": "rain"}, "A", "a bell"),
+        ({"A": "a bell", "C": "rain", "D": "a dog"}, "C", "rain"),
+        ({"b": "a dog", "a": "a bell"}, "(a)", "a bell"),
+        ({"1": "a bell", "2": "a dog"}, "1", "a bell"),
+        ({"A": "a bell", "C": "rain"}, "rain", "rain"),
+    ],
+)
+def test_of_choices_with_keys_the_key_decides(root: Path, choices: dict[str, str], answer: str, right: str) -> None:
+    result, records, _ = import_rows(jsonl.app, [PLAIN | {"choices": choices, "answer": answer}], root)
+    assert result.exit_code == 0, result.output
+    assert records[0]["answer"] == right and records[0]["choices"] == [choices[key] for key in sorted(choices)]
+
+
+def test_a_letter_that_is_no_key_names_no_choice(root: Path) -> None:
+    rows = [PLAIN | {"choices": {"A": "a bell", "C": "rain", "D": "a dog"}, "answer": "B"}]
+    _, records, rejected = import_rows(jsonl.app, rows, root)
+    assert not records and rejected[0]["reason"] == "answer_not_a_choice"
+
+
+def test_an_empty_column_of_choices_moves_no_letter(root: Path) -> None:
+    row = {"id": "x", "audio": "a.wav", "question": "q?", "a": "a bell", "b": "", "c": "rain", "d": "a dog"}
+    result, records, _ = import_rows(jsonl.app, [row | {"answer": "C"}], root, "--map", "choices=a,b,c,d")
+    assert result.exit_code == 0, result.output
+    assert records[0]["answer"] == "rain" and records[0]["choices"] == ["a bell", "rain", "a dog"]
+
+
+def test_a_mapped_key_that_no_row_has_is_named_with_the_nearest(root: Path) -> None:
+    result, _, _ = import_rows(jsonl.app, [PLAIN], root, "--map", "question=questoin")
+    assert result.exit_code == 2 and "questoin" in result.output and "question" in result.output
