@@ -264,6 +264,12 @@ def check_tags(text: str, duration_seconds: float | None) -> None:
         raise RowError(Reason.MALFORMED_TAG, f"{OPEN_TAG} without its {CLOSE_TAG}")
 
 
+_NOT_TEXT = {
+    b"\xff\xfe": "UTF-16: iconv -f UTF-16 -t UTF-8 IN > OUT",
+    b"\xfe\xff": "UTF-16: iconv -f UTF-16 -t UTF-8 IN > OUT",
+    b"\x1f\x8b": "gzipped: gunzip it first",
+}
+
 Raw = bytes | str | RowError
 """A row as it stands in a file, unparsed; a RowError where the file itself is broken."""
 
@@ -280,6 +286,10 @@ def read_raw(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, 
     """As `read_rows`, for `parse_row`. JSONL is streamed; a JSON list is read into memory as text."""
     with path.open("rb") as stream:
         # A look ahead, not a seek: the source may be a pipe.
+        for magic, what in _NOT_TEXT.items():
+            if stream.peek().startswith(magic):
+                yield 1, RowError(Reason.NOT_JSON, f"{path.name} is {what}")
+                return
         if stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _read_list(stream.read(), advance)
             return

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,9 @@ import numpy as np
 import soundfile
 import soxr
 
+_BLOCK_FRAMES = 1 << 20  # decoded at once: hours of sound cost no more memory than a minute
+_UNKNOWN_FRAMES = 1 << 40  # what libsndfile says of a FLAC that was written to a pipe is about 2^63
+_UNKNOWN_WAV_BYTES = 0x7FFF_0000  # from here on a WAV's length is what a program that streams puts there
 SAMPLING_RATE = 16_000  # hertz; what the Qwen-Omni audio towers were trained on
 
 # An MP3 decoder drops its delay and padding, at most this many frames. More missing than that is a cut file.
@@ -90,9 +94,11 @@ def load_fragment(reference: str) -> np.ndarray:
 
 
 def probe(source: AudioSource) -> AudioInfo:
-    """Decode the whole of `source` and say how long it is. Raises AudioError as `load` does."""
-    frames, rate = _decode(source)
-    return AudioInfo(len(frames) / rate, len(frames), rate, frames.shape[1])
+    """Decode the whole of `source`, block by block, and say how long it is. Raises AudioError as `load` does."""
+    num_frames, num_channels, rate = 0, 1, SAMPLING_RATE
+    for block, block_rate in _blocks(source):
+        num_frames, num_channels, rate = num_frames + len(block), block.shape[1], block_rate
+    return AudioInfo(num_frames / rate, num_frames, rate, num_channels)
 
 
 def crop(waveform: np.ndarray, start_sample: int, end_sample: int) -> np.ndarray:
@@ -173,6 +179,16 @@ def _name(source: AudioSource) -> str:
 
 def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
     """All frames, float32 of shape (num_frames, channels), and the rate in hertz."""
+    try:
+        pairs = list(_blocks(source))
+        blocks = [block for block, _ in pairs]
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), pairs[0][1]
+    except MemoryError as error:
+        raise AudioError(f"{_name(source)}: too long to be held in memory as a whole") from error
+
+
+def _blocks(source: AudioSource) -> Iterator[tuple[np.ndarray, int]]:
+    """(frames, rate) of one stretch after the other. A block is at least one, and is judged before the next is read."""
     name = _name(source)
     with contextlib.ExitStack() as owned:
         if isinstance(source, (str, os.PathLike)):
@@ -183,33 +199,37 @@ def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
         else:
             stream = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
         _refuse_cut_wav(stream, name)
+        _refuse_cut_container(stream, name)
         _refuse_cut_ogg(stream, name)
         start = stream.tell()
         stream_size = stream.seek(0, io.SEEK_END)
         stream.seek(start)
         try:
             with soundfile.SoundFile(stream) as file:
-                declared, rate = file.frames, file.samplerate
-                frames = file.read(dtype="float32", always_2d=True)
+                declared, rate, num_frames = file.frames, file.samplerate, 0
+                # With a number of frames a file is read that does not say how many it has, or that cannot be sought in.
+                while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                    num_frames += len(block)
+                    if not np.isfinite(block).all():
+                        raise AudioError(f"{name}: holds NaN or infinite samples, one of which spoils every feature")
+                    yield block, rate
                 reached, kind = stream.tell(), file.format
-        except soundfile.LibsndfileError as error:
-            raise AudioError(
-                f"{name}: not readable as audio ({error.error_string.strip()}). Convert it: ffmpeg -i IN OUT.flac"
-            ) from error
-    if not len(frames):
+        except AudioError:
+            raise
+        except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
+            text = error.error_string.strip() if isinstance(error, soundfile.LibsndfileError) else str(error)
+            raise AudioError(f"{name}: not readable as audio ({text}). Convert it: ffmpeg -i IN OUT.flac") from error
+    if not num_frames:
         raise AudioError(f"{name}: no samples in it")
-    if len(frames) < declared - _TOLERATED_MISSING_FRAMES:
+    if num_frames < declared - _TOLERATED_MISSING_FRAMES and declared < _UNKNOWN_FRAMES:
         raise AudioError(
-            f"{name}: cut off, {len(frames)} of {declared} declared frames can be decoded. Whole? ffmpeg -i IN OUT.flac"
+            f"{name}: cut off, {num_frames} of {declared} declared frames can be decoded. Whole? ffmpeg -i IN OUT.flac"
         )
     if kind == "MP3" and stream_size - reached > _MAX_MP3_TAIL_BYTES:
         raise AudioError(
             f"{name}: libsndfile stops {stream_size - reached} bytes before its end: a variable bit rate without the "
             "header that counts its frames. Write it anew: ffmpeg -i IN OUT.flac"
         )
-    if not np.isfinite(frames).all():
-        raise AudioError(f"{name}: holds NaN or infinite samples, one of which spoils every feature")
-    return frames, rate
 
 
 def _refuse_cut_wav(stream: BinaryIO, name: str) -> None:
@@ -223,8 +243,8 @@ def _refuse_cut_wav(stream: BinaryIO, name: str) -> None:
             stream.seek(position)
             chunk, length = struct.unpack("<4sI", stream.read(8))
             if chunk == b"data":
-                # 0 and 0xFFFFFFFF mean "unknown": written by programs that stream.
-                if 0 < length < 0xFFFFFFFF and position + 8 + length > size:
+                # Programs that stream do not know the length: 0, 0xFFFFFFFF, sox 0x7FFFF000, arecord about 2^31.
+                if 0 < length < _UNKNOWN_WAV_BYTES and position + 8 + length > size:
                     raise AudioError(
                         f"{name}: cut off, {size - position - 8} of {length} declared bytes of samples are there"
                     )
@@ -233,13 +253,40 @@ def _refuse_cut_wav(stream: BinaryIO, name: str) -> None:
     stream.seek(start)
 
 
+def _refuse_cut_container(stream: BinaryIO, name: str) -> None:
+    """libsndfile reads the other uncompressed containers short as well. Their headers say how long the file is."""
+    start = stream.tell()
+    head = stream.read(1024)
+    size = stream.seek(0, io.SEEK_END) - start
+    stream.seek(start)
+    declared = 0
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        declared = 8 + struct.unpack(">I", head[4:8])[0]
+    elif head[:4] == b".snd" and len(head) >= 12:
+        offset, length = struct.unpack(">II", head[4:12])
+        declared = offset + length if length < _UNKNOWN_WAV_BYTES else 0
+    elif head[:4] == b"RF64" and head[12:16] == b"ds64" and len(head) >= 28:
+        declared = 8 + struct.unpack("<Q", head[20:28])[0]
+    elif head[:4] == b"riff" and len(head) >= 24:  # Sony's W64: a GUID, then the size of the whole
+        declared = struct.unpack("<Q", head[16:24])[0]
+    elif head[:7] == b"NIST_1A":
+        fields = dict(re.findall(rb"(sample_count|sample_n_bytes|channel_count) -i ([0-9]+)", head))
+        if len(fields) == 3 and b"shorten" not in head:
+            declared = 1024 + math.prod(int(value) for value in fields.values())
+    if size < declared < _UNKNOWN_FRAMES:
+        raise AudioError(f"{name}: cut off, {size} of {declared} declared bytes are there")
+
+
 def _refuse_cut_ogg(stream: BinaryIO, name: str) -> None:
     """Ogg declares no length: libsndfile takes the last page it finds for the end. A whole stream marks that page."""
     start = stream.tell()
     if stream.read(4) == b"OggS":
-        size = stream.seek(0, io.SEEK_END)
-        stream.seek(max(start, size - _MAX_OGG_PAGE_BYTES))
-        tail = stream.read()
+        stream.seek(start)
+        whole = stream.read()
+        ends = re.search(rb"OggS\0[\x04-\x07]", whole)  # the page that ends a stream; \x02 begins one
+        if ends and whole.find(b"OggS\0\x02", ends.end()) >= 0:
+            raise AudioError(f"{name}: several Ogg streams in a row, and only the first is read. ffmpeg -i IN OUT.flac")
+        tail = whole[-_MAX_OGG_PAGE_BYTES:]
         page = tail[max(0, tail.rfind(b"OggS\0")) :]
         lacing = page[27 : 27 + page[26]] if len(page) > 26 else b""
         if not page[5:6] or not page[5] & 4 or len(page) < 27 + len(lacing) + sum(lacing):

@@ -11,6 +11,7 @@ named. Otherwise a row is a clip. Empty cells count as not there.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,7 @@ from converters.importers.mapping import (
 )
 
 _MAX_CELL_CHARS = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 app = conversion.new_command()
 
@@ -87,7 +89,10 @@ def read_table(
     """(line, {column: cell}) of every row. Several header rows are joined by dots; with `columns` there is none."""
     csv.field_size_limit(_MAX_CELL_CHARS)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    with source.open(encoding="utf-8-sig", newline="") as stream:
+    with source.open("rb") as begin:
+        encoding = "utf-16" if begin.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    # A byte that is no UTF-8 costs its own row: it is kept as a surrogate, which no text has.
+    with source.open(encoding=encoding, errors="surrogateescape", newline="") as stream:
         reader = csv.reader(_counted(stream, advance), delimiter=delimiter, quoting=quoting)
         try:
             names = columns or _header(reader, header_rows)
@@ -97,7 +102,9 @@ def read_table(
             for cells in reader:
                 if not cells:
                     continue
-                if len(cells) > len(names):
+                if wrong := [name for name, cell in zip(names, cells, strict=False) if _SURROGATE.search(cell)]:
+                    yield reader.line_num, RowError(Reason.NOT_A_TABLE, f"column {wrong[0]!r} is not UTF-8")
+                elif len(cells) > len(names):
                     detail = f"{len(cells)} cells under {len(names)} columns; is {delimiter!r} what parts them?"
                     yield reader.line_num, RowError(Reason.WRONG_TYPE, detail)
                 elif header_rows == 1 or any(

@@ -301,3 +301,77 @@ def test_resampling_is_soxr_at_high_quality(tmp_path: Path) -> None:
     samples = tone(1.0, 44_100)[:, 0]
     path = write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
     assert np.array_equal(load(path), soxr.resample(samples, 44_100, SAMPLING_RATE, quality="HQ"))
+
+
+def streamed_flac(folder: Path) -> Path:
+    """A FLAC as a program writes it into a pipe: STREAMINFO says 0 samples in all."""
+    path = folder / "piped.flac"
+    soundfile.write(path, np.sin(np.arange(16_000) / 9) * 0.3, 16_000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # the low 36 bits of bytes 21 to 25 are the number of samples
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    return path
+
+
+def test_a_flac_that_does_not_say_how_long_it_is_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    path = streamed_flac(tmp_path)
+    try:
+        assert probe(path).num_frames == 16_000
+    except AudioError as error:
+        assert "piped.flac" in str(error)
+
+
+def test_a_file_that_cannot_be_sought_in_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "call.wav"
+    soundfile.write(path, np.sin(np.arange(16_000) / 9) * 0.3, 16_000, subtype="GSM610")
+    assert abs(probe(path).num_frames - 16_000) <= 320 and len(load(path)) > 15_000
+
+
+CONTAINERS = [("aiff", "AIFF"), ("au", "AU"), ("w64", "W64"), ("wav", "RF64"), ("sph", "NIST")]
+
+
+@pytest.mark.parametrize(("suffix", "kind"), CONTAINERS)
+def test_a_container_that_declares_more_than_it_holds_is_cut_off(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.sin(np.arange(64_000) / 9) * 0.3, 16_000, format=kind, subtype="PCM_16")
+    assert probe(path).num_frames == 64_000
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AudioError, match=r"a\.\w+: cut off"):
+        probe(path)
+
+
+def test_ogg_streams_in_a_row_are_refused_by_name(tmp_path: Path) -> None:
+    one = tmp_path / "one.ogg"
+    soundfile.write(one, np.sin(np.arange(32_000) / 9) * 0.3, 16_000, format="OGG", subtype="VORBIS")
+    assert probe(one).num_frames == 32_000
+    both = tmp_path / "both.ogg"
+    both.write_bytes(one.read_bytes() * 2)
+    with pytest.raises(AudioError, match=r"both\.ogg: several Ogg streams in a row"):
+        probe(both)
+
+
+def test_a_wav_from_a_pipe_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sox.wav"
+    soundfile.write(path, np.sin(np.arange(16_000) / 9) * 0.3, 16_000, subtype="PCM_16")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"data") + 4
+    for length in (0x7FFFF000, 0x7FFFFFFF - 36, 0xFFFFFFFF):
+        content[place : place + 4] = length.to_bytes(4, "little")
+        path.write_bytes(content)
+        assert probe(path).num_frames == 16_000
+    content[place : place + 4] = (64_000).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match="cut off"):
+        probe(path)
+
+
+def test_long_sound_is_measured_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "long.flac"
+    sound = np.sin(np.arange(100_000) / 9).astype(np.float32) * 0.3
+    soundfile.write(path, sound, 16_000)
+    whole = load(path)
+    monkeypatch.setattr("echo_plugins.audio._BLOCK_FRAMES", 7_000)
+    assert probe(path).num_frames == 100_000
+    assert np.array_equal(load(path), whole)

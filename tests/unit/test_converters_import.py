@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from converters.audio_qa import AudioQA
-from converters.importers import benchmark, jsonl
+from converters.importers import benchmark, delimited, jsonl
 
 
 @pytest.fixture
@@ -249,3 +249,38 @@ def test_an_empty_column_of_choices_moves_no_letter(root: Path) -> None:
 def test_a_mapped_key_that_no_row_has_is_named_with_the_nearest(root: Path) -> None:
     result, _, _ = import_rows(jsonl.app, [PLAIN], root, "--map", "question=questoin")
     assert result.exit_code == 2 and "questoin" in result.output and "question" in result.output
+
+
+def test_a_byte_that_is_no_utf_8_costs_one_row_of_a_table(root: Path) -> None:
+    table = root / "in.csv"
+    lines = [f"a.wav,caption {number}".encode() for number in range(400)]
+    lines[301] = "a.wav,caf\u00e9".encode("cp1252")
+    table.write_bytes(b"\n".join([b"file,caption", *lines]) + b"\n")
+    words = ["--map", "audio=file", "--map", "meta.caption=caption"]
+    target = root / "out.jsonl"
+    result = CliRunner().invoke(delimited.app, [str(table), str(target), "--audio-root", str(root), *words])
+    assert result.exit_code == 0, result.output
+    rejected = [orjson.loads(line) for line in target.with_name("out.jsonl.rejected.jsonl").open("rb")]
+    assert [(entry["line"], entry["reason"]) for entry in rejected] == [(303, "not_a_table")]
+    assert sum(1 for _ in target.open("rb")) == 399
+
+
+def test_a_table_in_utf_16_is_read(root: Path) -> None:
+    table = root / "in.csv"
+    table.write_text("file,caption\na.wav,caf\u00e9\n", encoding="utf-16")
+    words = ["--map", "audio=file", "--map", "meta.caption=caption"]
+    target = root / "out.jsonl"
+    result = CliRunner().invoke(delimited.app, [str(table), str(target), "--audio-root", str(root), *words])
+    assert result.exit_code == 0, result.output
+    assert orjson.loads(target.read_bytes())["meta"]["caption"] == "caf\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("{}".encode("utf-16"), "iconv"), (b"\x1f\x8b\x08\x00", "gunzip")], ids=["utf-16", "gzip"]
+)
+def test_what_is_no_text_is_named_with_the_cure(root: Path, content: bytes, told: str) -> None:
+    source, target = root / "in.jsonl", root / "out.jsonl"
+    source.write_bytes(content)
+    CliRunner().invoke(jsonl.app, [str(source), str(target), "--audio-root", str(root)])
+    (rejected,) = [orjson.loads(line) for line in target.with_name("out.jsonl.rejected.jsonl").open("rb")]
+    assert told in rejected["detail"]
