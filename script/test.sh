@@ -40,21 +40,32 @@ check() {
   # 5: WORDS chose no test of these
   ((status == 0 || status == 5)) || failed+=("$layer")
 }
+# The files of a layer that GLOB names run beside the others: frameworks that start leave half of two cores idle.
+beside() {
+  local glob="$1" files others
+  shift
+  # shellcheck disable=SC2206  # a pattern
+  files=($glob)
+  mapfile -t others < <(printf '%s\n' "tests/$layer"/test_*.py | grep -vxF "$(printf '%s\n' "${files[@]}")")
+  log="$(mktemp)"
+  "${pytest[@]}" "${files[@]}" "$@" > "$log" 2>&1 &
+  other=$!
+  trap 'kill "$other" 2> /dev/null || true; rm -f "$log"' EXIT
+  check "${pytest[@]}" "${others[@]}" "$@"
+  check wait "$other"
+  cat "$log"
+}
 for layer in "${layers[@]}"; do
   case "$layer" in
     lint) lint ;;
     plugin)
       bash script/setup.sh browser
-      # Two processes: ms-swift and verl both change transformers as they are imported, and no stage has both. Side by
-      # side: frameworks that start leave half of two cores idle.
-      mapfile -t files < <(printf '%s\n' tests/plugin/test_*.py | grep -v '/test_swift[^/]*$')
-      log="$(mktemp)"
-      "${pytest[@]}" tests/plugin/test_swift*.py "$@" > "$log" 2>&1 &
-      beside=$!
-      trap 'kill "$beside" 2> /dev/null || true; rm -f "$log"' EXIT
-      check "${pytest[@]}" "${files[@]}" "$@"
-      check wait "$beside"
-      cat "$log"
+      # Two processes: ms-swift and verl both change transformers as they are imported, and no stage has both.
+      beside 'tests/plugin/test_swift*.py' "$@"
+      ;;
+    chain)
+      # The frameworks are played in this one, so it takes one core and little memory.
+      beside 'tests/chain/test_resume_*.py' "$@"
       ;;
     *) check "${pytest[@]}" "tests/$layer" "$@" ;;
   esac

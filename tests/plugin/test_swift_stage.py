@@ -27,6 +27,7 @@ SETTINGS = {
     "SFT_MICRO_BATCH": "2",
     "SFT_LR": "1e-3",
     "SFT_SAVE_STEPS": "2",
+    "SFT_SAVE_LIMIT": "2",
     "SFT_LOG_STEPS": "1",
     "SFT_MAX_STEPS": "4",
     "SFT_WARMUP_RATIO": "0",  # with a warm-up the first step has a learning rate of 0

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from converters.rl_parquet import main as rl_parquet
+from echo_plugins.end_with_client import CLIENT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_SECONDS = 400
@@ -80,6 +81,7 @@ Extension().update_weights_from_ipc()
 """
     cause = tmp_path / "failure.txt"
     environment: dict[str, Any] = {**os.environ, "ECHO_FAILURE_FILE": str(cause), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop(CLIENT_VARIABLE, None)  # an engine of another test may have made this process its client
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
     )
