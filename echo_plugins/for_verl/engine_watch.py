@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -55,8 +56,12 @@ def end_the_process() -> None:
 
 
 def one_line(error: BaseException, most: int = 400) -> str:
-    """Type and message of an error. Those of Ray have many lines; the last ones are the remote cause."""
+    """Type and message of an error. Ray's message of a process that died has many lines, and names it in one of them."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    died = re.search(r"class_name: (\w+)", text) if isinstance(error, RayActorError) else None
+    if died:
+        name = "a vLLM server" if died[1] == "vLLMHttpServer" else f"the process of {died[1]}"
+        return f"{type(error).__name__}: {name} has died: it was killed, ran out of memory, or crashed"
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
