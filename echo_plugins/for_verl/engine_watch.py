@@ -56,7 +56,7 @@ def end_the_process() -> None:
 
 
 def one_line(error: BaseException, most: int = 400) -> str:
-    """Type and message of an error. Ray's message of a process that died has many lines, and names it in one of them."""
+    """Type and message of an error. Ray's message of a process that died names it in one of many lines."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     died = re.search(r"class_name: (\w+)", text) if isinstance(error, RayActorError) else None
     if died:
