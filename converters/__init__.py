@@ -1,4 +1,5 @@
 """Any data set -> AudioQA manifest (`importers`) -> ms-swift JSONL (`sft_jsonl`), verl Parquet (`rl_parquet`).
 
-`audio_qa` is the one record in the middle; `check` says what a file of any of these kinds is and what is wrong with it.
+The one record in the middle is `echo_plugins.audio_qa`; `check` says what a file of any of these kinds is and what is
+wrong with it.
 """

@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 import typer
 
 from converters import conversion, shards
-from converters.audio_qa import AudioQA, LabelledAudio, Reason, RowError, check_tags, read_rows
 from converters.conversion import AudioFile, AudioRoot, SeenIds
 from converters.rl_parquet import schema
 from converters.sft_jsonl import interleave
 from converters.workers import in_chunks, ordered_map
 from echo_plugins.audio import AudioError, parse_fragment, probe
+from echo_plugins.audio_qa import AudioQA, LabelledAudio, Reason, RowError, check_tags, read_rows
 from echo_plugins.relisten.prompt import AUDIO_TAG
 from echo_plugins.relisten.segment import OPEN_TAG
 from echo_plugins.relisten.transcript import parse

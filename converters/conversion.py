@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from converters.atomic import StagedFile
-from converters.audio_qa import (
+from converters.workers import CALLS_PER_PROCESS, DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
+from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, parse_fragment, probe, resolve_path
+from echo_plugins.audio_qa import (
     AnyRecord,
     AudioQA,
     Reason,
@@ -30,8 +32,6 @@ from converters.audio_qa import (
     parse_row,
     read_raw,
 )
-from converters.workers import CALLS_PER_PROCESS, DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
-from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, parse_fragment, probe, resolve_path
 from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
 
 Item = TypeVar("Item")

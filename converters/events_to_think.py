@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from converters.audio_qa import AudioQA, Event
+from echo_plugins.audio_qa import AudioQA, Event
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS, Segment, format_tag, resolve
 
 _TICKS = 100  # a second: a tag has two decimals

@@ -18,9 +18,9 @@ import pyarrow as pa
 import typer
 
 from converters import conversion, shards
-from converters.audio_qa import AudioQA
 from converters.conversion import AudioRoot, Checked, Job, from_manifest
 from converters.parquet import EMBEDDED, EVENT, EmbedOption, ParquetRows, embedded_audio, event_rows
+from echo_plugins.audio_qa import AudioQA
 
 _COLUMNS: dict[str, tuple[pa.DataType, Any]] = {
     "id": (pa.string(), "string"),

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import soundfile
 import typer
 
-from converters.audio_qa import AudioQA
 from converters.conversion import CHUNK_ROWS
+from echo_plugins.audio_qa import AudioQA
 
 EVENT = pa.struct([("label", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
 EMBEDDED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -17,9 +17,9 @@ import pyarrow as pa
 import typer
 
 from converters import conversion, shards
-from converters.audio_qa import AudioQA
 from converters.conversion import AudioRoot, Checked, Job, from_manifest
 from converters.parquet import EMBEDDED, EVENT, EmbedOption, ParquetRows, embedded_audio, event_rows
+from echo_plugins.audio_qa import AudioQA
 from echo_plugins.model import QWEN2_5_OMNI, OmniFamily, family_of, hop_length
 from echo_plugins.relisten.prompt import Mode, user_message
 

@@ -28,10 +28,10 @@ import orjson
 import typer
 
 from converters import conversion, shards
-from converters.audio_qa import AudioQA, Reason, RowError, read_rows, tags_of
 from converters.conversion import AudioFile, AudioRoot, Checked, Job, JsonLines, from_manifest
 from converters.events_to_think import think_of_events
 from echo_plugins.audio import format_fragment
+from echo_plugins.audio_qa import AudioQA, Reason, RowError, read_rows, tags_of
 from echo_plugins.relisten.prompt import AUDIO_TAG, MODES, Mode, user_message
 from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, resolve
 

@@ -24,7 +24,6 @@ import orjson
 import typer
 
 from converters.atomic import StagedFile
-from converters.audio_qa import Raw, Reason, parse_row, read_raw
 from converters.conversion import (
     Conversion,
     Job,
@@ -36,6 +35,7 @@ from converters.conversion import (
     report,
     side_file,
 )
+from echo_plugins.audio_qa import Raw, Reason, parse_row, read_raw
 
 MANIFEST = "manifest.json"
 _RESUME = ".resume"

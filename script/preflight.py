@@ -214,13 +214,13 @@ class Rows:
     number: int
     held: int
     has_reasoning: bool  # think, or events that reasoning is made from
-    sample: Sequence[Any]  # of converters.audio_qa.AudioQA
+    sample: Sequence[Any]  # of echo_plugins.audio_qa.AudioQA
 
 
 def read_rows(path: Path, purpose: str, holdouts: Sequence[int] = ()) -> Rows:
     """The good rows of a manifest. Whole recordings are held out, as converters.holdout does."""
-    from converters.audio_qa import AudioQA, RowError, parse_row, read_raw
     from converters.holdout import held_recordings, recording_of_line, wanted_rows
+    from echo_plugins.audio_qa import AudioQA, RowError, parse_row, read_raw
 
     lines = [line for _, line in read_raw(path, lambda _: None) if not isinstance(line, RowError)]
     raws = [line.encode() if isinstance(line, str) else line for line in lines]
@@ -300,9 +300,9 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
 
 def num_tokens(name: str, settings: Settings, lengths: Any, record: Any, path: str) -> int:
     """Tokens of a row of stage 1, or of a prompt of stage 2."""
-    from converters.audio_qa import RowError
     from converters.conversion import AudioFile, Checked
     from converters.sft_jsonl import mode_of, parse_mix, sft_row
+    from echo_plugins.audio_qa import RowError
     from echo_plugins.for_swift.dataset import file_samples
     from echo_plugins.relisten.prompt import user_message
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from converters.audio_qa import Reason, RowError
+from echo_plugins.audio_qa import Reason, RowError
 from echo_plugins.relisten.transcript import match_choice
 
 _LETTER = re.compile(r"\(?[A-Za-z]\)?[.:]?")

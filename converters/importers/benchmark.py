@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from converters import conversion
-from converters.audio_qa import Reason, Record, RowError
 from converters.conversion import AudioRoot
 from converters.importers.answers import AnswerForm
 from converters.importers.mapping import Mapper, Preset
+from echo_plugins.audio_qa import Reason, Record, RowError
 
 
 class Layout(StrEnum):

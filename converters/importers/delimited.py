@@ -19,7 +19,6 @@ from typing import Annotated
 import typer
 
 from converters import conversion
-from converters.audio_qa import Reason, RowError
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.mapping import (
     LabelMapOption,
@@ -31,6 +30,7 @@ from converters.importers.mapping import (
     record_of_clip,
     require_columns,
 )
+from echo_plugins.audio_qa import Reason, RowError
 
 _MAX_CELL_CHARS = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")

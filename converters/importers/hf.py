@@ -19,10 +19,10 @@ import typer
 
 from converters import conversion
 from converters.atomic import StagedFile
-from converters.audio_qa import Reason, Record, RowError
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.answers import AnswerForm
 from converters.importers.mapping import MapOption, Mapper, Preset, require_columns
+from echo_plugins.audio_qa import Reason, Record, RowError
 
 _BATCH_ROWS = 16  # a row can hold minutes of sound
 

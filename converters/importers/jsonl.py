@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import typer
 
 from converters import conversion
-from converters.audio_qa import Reason, RowError, parse_row, read_raw
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.answers import AnswerForm
 from converters.importers.mapping import MapOption, Mapper, load_preset, preset_option, require_columns
+from echo_plugins.audio_qa import Reason, RowError, parse_row, read_raw
 
 LOOK_AHEAD_ROWS = 1_000  # a mapped key that none of them has is a typing error
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from converters import conversion
-from converters.audio_qa import END_TOLERANCE_SECONDS, LabelledAudio, Reason, Record, RowError
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.mapping import look_up, relative_audio, seconds
+from echo_plugins.audio_qa import END_TOLERANCE_SECONDS, LabelledAudio, Reason, Record, RowError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 

@@ -24,8 +24,8 @@ import typer
 import yaml
 
 from converters import conversion
-from converters.audio_qa import END_TOLERANCE_SECONDS, FIELDS, AudioQA, LabelledAudio, Reason, Record, RowError
 from converters.importers.answers import AnswerForm, answer_text
+from echo_plugins.audio_qa import END_TOLERANCE_SECONDS, FIELDS, AudioQA, LabelledAudio, Reason, Record, RowError
 
 _PRESETS = files("converters.importers") / "presets"
 _EVENT_KEYS = ("label", "start", "end", "duration", "kind", "text", "speaker", "confidence")

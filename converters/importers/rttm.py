@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from converters import conversion
-from converters.audio_qa import Record
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.mapping import MapOption, Mapper, Preset, record_of_clip
+from echo_plugins.audio_qa import Record
 
 
 class Lines(StrEnum):

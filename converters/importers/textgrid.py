@@ -18,9 +18,9 @@ from praatio.utilities.constants import Interval
 from praatio.utilities.errors import PraatioException
 
 from converters import conversion
-from converters.audio_qa import Reason, RowError
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.mapping import MapOption, Mapper, Preset
+from echo_plugins.audio_qa import Reason, RowError
 
 app = conversion.new_command()
 

@@ -23,11 +23,11 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignatur
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from converters.audio_qa import RowError, read_rows
 from converters.synthesis.config import Benchmark, ConfigError, Limits, NearDuplicate
 from converters.synthesis.sample import Sample, seed_of
 from converters.synthesis.soundprint import SoundIndex
 from echo_plugins.audio import AudioError, load, resolve_path
+from echo_plugins.audio_qa import RowError, read_rows
 from echo_plugins.recording import Seconds, overlap, sources_of
 from echo_plugins.relisten.segment import CLOSE_TAG, Refusal, Segment, find_tags, overlap_ratio, union_seconds
 from echo_plugins.relisten.transcript import parse

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from converters.audio_qa import AudioQA
+from echo_plugins.audio_qa import AudioQA
 
 
 class Provenance(BaseModel):

@@ -17,13 +17,13 @@ from pathlib import Path
 import orjson
 
 from converters.atomic import StagedFile
-from converters.audio_qa import RowError
 from converters.holdout import held_recordings
 from converters.synthesis.filters import Duplicates
 from converters.synthesis.report import write_report
 from converters.synthesis.runner import Context, Stage
 from converters.synthesis.sample import Sample
 from converters.synthesis.summary import SELECT_NAME, Shape, summarise, write_summary
+from echo_plugins.audio_qa import RowError
 
 FILES = ("sft", "rl", "validation")
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from converters.audio_qa import AudioQA, LabelledAudio, Reason, Record, RowError, read_rows, recording_of
 from converters.conversion import AudioRoot
 from converters.synthesis import filters, soundprint
 from converters.synthesis.asker import Asker, Unusable, json_object, together
 from converters.synthesis.runner import Context, Stage
 from converters.synthesis.sample import Provenance, Sample
 from echo_plugins.audio import AudioError, load
+from echo_plugins.audio_qa import AudioQA, LabelledAudio, Reason, Record, RowError, read_rows, recording_of
 from echo_plugins.relisten.prompt import question_text
 from echo_plugins.relisten.transcript import match_choice, parse
 

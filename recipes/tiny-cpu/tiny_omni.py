@@ -34,8 +34,8 @@ from transformers import (
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.utils import logging
 
-from converters.audio_qa import AudioQA, RowError, read_rows
 from converters.events_to_think import think_of_events
+from echo_plugins.audio_qa import AudioQA, RowError, read_rows
 from echo_plugins.relisten.prompt import MODES, question_text
 
 # Qwen2.5-Omni's added tokens, in its order (there they are ids 151643 to 151656).

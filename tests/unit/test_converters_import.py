@@ -13,8 +13,8 @@ import soundfile
 import typer
 from typer.testing import CliRunner, Result
 
-from converters.audio_qa import AudioQA
 from converters.importers import benchmark, delimited, jsonl
+from echo_plugins.audio_qa import AudioQA
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from converters.audio_qa import AudioQA, LabelledAudio
 from converters.importers import delimited, hf, jsonl, lhotse, mapping, rttm, textgrid
 from converters.importers.mapping import Preset, preset_names
+from echo_plugins.audio_qa import AudioQA, LabelledAudio
 
 GOOD, OTHER = "100001", "100002"
 TRAPS = {

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from converters import check, sft_jsonl
-from converters.audio_qa import AudioQA, Event
 from converters.events_to_think import think_of_events
+from echo_plugins.audio_qa import AudioQA, Event
 from echo_plugins.relisten.prompt import AUDIO_TAG, user_message
 from echo_plugins.relisten.segment import MAX_SEGMENTS, Segment, find_tags, format_tag, resolve
 from echo_plugins.relisten.transcript import parse

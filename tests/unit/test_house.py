@@ -19,18 +19,20 @@ HEAVY = {"torch", "transformers", "ray", "vllm", "verl", "swift", "pandas", "pya
 RELISTEN, REWARDS = "echo_plugins.relisten", "echo_plugins.rewards"
 AUDIO, MODEL, CHAT = "echo_plugins.audio", "echo_plugins.model", "echo_plugins.chat_client"
 END, RECORDING = "echo_plugins.end_with_client", "echo_plugins.recording"
+RECORD = "echo_plugins.audio_qa"
 MAY_IMPORT = {
     RELISTEN: set(),
     REWARDS: {RELISTEN},
     AUDIO: {RELISTEN},
     MODEL: {RELISTEN, AUDIO},
+    RECORD: {RELISTEN},
     CHAT: set(),
     END: set(),
     RECORDING: set(),
     "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL, END},
     "echo_plugins.for_swift": {RELISTEN, REWARDS, AUDIO, MODEL, END},
-    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END, RECORDING},
-    "converters": {RELISTEN, AUDIO, MODEL, CHAT, RECORDING},
+    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END, RECORD, RECORDING},
+    "converters": {RELISTEN, AUDIO, MODEL, CHAT, RECORD, RECORDING},
 }
 # framework -> where alone it may be imported
 FRAMEWORK_HOME = {

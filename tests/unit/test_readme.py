@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from converters.audio_qa import AudioQA
+from echo_plugins.audio_qa import AudioQA
 from echo_plugins.rewards import Record, load_preset
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from converters.audio_qa import AudioQA, check_times
+from echo_plugins.audio_qa import AudioQA, check_times
 from echo_plugins.relisten.segment import Segment, find_tags
 
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "tiny-cpu" / "soundscapes.py"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.audio_qa import AudioQA, Event, Reason, RowError, check_tags, check_times, read_rows
+from echo_plugins.audio_qa import AudioQA, Event, Reason, RowError, check_tags, check_times, read_rows
 
 GOOD: dict[str, Any] = {
     "id": "a-1",
