@@ -90,7 +90,8 @@ WORDS = {
     "TRACKERS": " ".join(TRACKERS),
     "REWARD_PRESET": " ".join(sorted(path.stem for path in ROOT.glob("echo_plugins/rewards/presets/*.yaml"))),
 }
-BOOLEANS = dict.fromkeys(("true", "false"), "true false") | dict.fromkeys(("True", "False"), "True False true false")
+BOOLEANS: dict[str, str] = dict.fromkeys(("true", "false"), "true false")
+BOOLEANS |= dict.fromkeys(("True", "False"), "True False true false")
 OR_FILE = {"SFT_DEEPSPEED": (".json",), "REWARD_PRESET": (".yaml", ".yml")}
 SEVERAL = {"EVAL_MODES": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
 CHECKED_ELSEWHERE = ("SFT_MODE", "RL_LOSS", "RL_ARGS", "BENCHMARKS")
