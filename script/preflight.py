@@ -49,7 +49,9 @@ class Problem:
     refused: bool = True
 
     def __str__(self) -> str:
-        return f"{'error' if self.refused else 'warning'}: {self.text}. {self.cure}"
+        return (
+            f"{'error' if self.refused else 'warning'}: {self.text}{'' if self.text.endswith('?') else '.'} {self.cure}"
+        )
 
 
 Problems = Iterator[Problem]
