@@ -131,8 +131,14 @@ stage() {
 }
 
 stop_watcher() {
+  local tries
   [[ -n "$STAGE_WATCHER" ]] || return 0
-  kill "$STAGE_WATCHER" 2> /dev/null || true
+  # Again and again: where a stage ends at once, the first signal comes before the watcher's program runs, and is lost.
+  for ((tries = 0; tries < 100; tries++)); do
+    kill "$STAGE_WATCHER" 2> /dev/null || break
+    sleep 0.05
+  done
+  kill -9 "$STAGE_WATCHER" 2> /dev/null || true
   wait "$STAGE_WATCHER" 2> /dev/null || true
 }
 
