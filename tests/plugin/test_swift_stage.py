@@ -115,7 +115,7 @@ def test_after_a_kill_it_goes_on_from_the_last_whole_checkpoint(
     state = output / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
     said = train(tiny_model, rows_file, output, SFT_FREEZE_AUDIO="false")
-    assert f"going on from {output}/checkpoint-2" in said
+    assert f"going on from step 2 of 4: {output}/checkpoint-2" in said
     first, again = losses(output)[:4], losses(output)[4:]
     assert again == first[2:]
     assert not changed(weights(trained / "last"), weights(output / "last"))
