@@ -2,10 +2,10 @@
 
     actor_rollout_ref.rollout.agent.default_agent_loop=relisten
     +echo.mode=interleaved +echo.max_segments=8 +echo.min_segment_seconds=0.2 +echo.straddle=cut
-    +echo.rollout_timeout_seconds=1800 +echo.max_failed_share=0.5
+    +echo.rollout_timeout_seconds=1800
 
 A rollout that fails (bad audio, engine error, time limit, a prompt that is too long) is data: it comes back with stop
-reason `error`, outside the loss, and the trainer takes it out of its group. `extra_fields` has the same keys in every
+reason `error`, outside the loss, and the reward manager scores it 0. `extra_fields` has the same keys in every
 trajectory, since verl collates them; for_verl/reward_manager.py and trainer.py read them.
 """
 
@@ -15,7 +15,6 @@ import asyncio
 import bisect
 import logging
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 from uuid import uuid4
 
@@ -35,24 +34,11 @@ _log = logging.getLogger(__name__)
 
 BANNED_BIAS = -100.0  # vLLM's lowest logit bias
 ROLLOUT_TIMEOUT_SECONDS = 1800.0
-MAX_FAILED_SHARE = 0.5
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 
 class PromptTooLongError(ValueError):
     """A row whose prompt, its audio tokens counted, is over data.max_prompt_length."""
-
-
-class FailureReason(StrEnum):
-    """Why a rollout failed, in `extra_fields` and in the log."""
-
-    TIMEOUT = "timeout"
-    AUDIO = "audio"
-    PROMPT = "prompt"
-    ENGINE = "engine"
-
-
-_REASONS: dict[type, FailureReason] = {AudioError: FailureReason.AUDIO, PromptTooLongError: FailureReason.PROMPT}
 
 
 @register("relisten")
@@ -84,7 +70,6 @@ class RelistenAgentLoop(AgentLoopBase):
         trajectory = self._start(prompt, num_samples=0)
         prompt_ids: list[int] = []
         features: BatchFeature | None = None
-        failure = FailureReason.ENGINE  # of a trajectory that the engine's output ended
         try:
             async with asyncio.timeout(self.timeout_seconds):
                 audios = (await self.process_multi_modal_info(list(row["raw_prompt"]))).get("audios") or []
@@ -95,10 +80,8 @@ class RelistenAgentLoop(AgentLoopBase):
                 with simple_timer("tool_calls", timing):
                     features = await asyncio.to_thread(self._features, audios)
         except TimeoutError:
-            failure = FailureReason.TIMEOUT
             trajectory.fail(f"the rollout was not done after {self.timeout_seconds:g} s (echo.rollout_timeout_seconds)")
         except (AudioError, PromptTooLongError, RayError) as error:
-            failure = _REASONS.get(type(error), FailureReason.ENGINE)
             trajectory.fail(one_line(error))
         failed = trajectory.stop_reason is StopReason.ERROR
         if failed:
@@ -114,7 +97,6 @@ class RelistenAgentLoop(AgentLoopBase):
             extra_fields={
                 **engine_account(engine, version=int(row.get("global_steps", 0)) - 1),
                 **await asyncio.to_thread(self._account, trajectory),
-                "failure": str(failure) if failed else None,
             },
         )
 
@@ -242,7 +224,6 @@ def settings_from(config: Any) -> tuple[Settings, float]:
     section = dict(config.get("echo") or {})
     mode = section.pop("mode", "interleaved")
     timeout_seconds = float(section.pop("rollout_timeout_seconds", ROLLOUT_TIMEOUT_SECONDS))
-    section.pop("max_failed_share", None)  # the trainer's
     section.pop("max_failed_share", None)  # the trainer's
     settings = Settings(
         max_response_tokens=config.actor_rollout_ref.rollout.response_length,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import verl.utils.flops_counter
-import verl.utils.flops_counter as flops_counter
 import verl.utils.tokenizer.tokenizer
 from transformers import (
     AutoConfig,
@@ -138,16 +137,6 @@ def show_the_text_config() -> None:
             setattr(config_class, name, _FromTheThinker(path))
 
 
-def count_their_flops() -> None:
-    """verl/utils/flops_counter.py knows neither type and logs an MFU of 0. Counted is the text model; the frozen towers
-    are not, so the MFU is a little too low."""
-    for model_type, estimate in (
-        ("qwen2_5_omni", flops_counter._estimate_qwen3_vl_flops),
-        ("qwen3_omni_moe", flops_counter._estimate_qwen3_vl_moe_flops),
-    ):
-        flops_counter.ESTIMATE_FUNC.setdefault(model_type, estimate)
-
-
 def audio_positions(_processor: Any, *, attention_mask: torch.Tensor, **_media: Any) -> tuple[torch.Tensor, None]:
     """Positions (3, batch, tokens) of text and sound: TMRoPE without pictures is 1-D positions in all three rows
     (transformers, get_rope_index, the branch without grids)."""
@@ -215,5 +204,4 @@ def count_flops() -> None:
 count_flops()
 train_the_thinker()
 show_the_text_config()
-count_their_flops()
 load_omni_processors()
