@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,10 +26,11 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 from verl.utils.profiler import simple_timer
 
 from ..audio import SAMPLING_RATE, AudioError, crop
-from ..model import FAMILIES
+from ..model import FAMILIES, OmniFamily
 from ..relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
-from ..relisten.trajectory import Settings, StopReason, Trajectory, expand_placeholders
+from ..relisten.trajectory import Settings, SpecialIds, StopReason, Trajectory, expand_placeholders
 from .engine_watch import one_line
+from .omni import pack_clips
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +57,7 @@ class RelistenAgentLoop(AgentLoopBase):
         family = FAMILIES.get(hf_model_type or "")
         if family is None:
             raise ValueError(f"model type {hf_model_type!r} cannot listen: Echo knows {sorted(FAMILIES)}")
-        self.ids = family.special_ids(self.tokenizer, self.config.actor_rollout_ref.model.path)
-        # Past the tokenizer's end verl's workers mask (vllm_rollout/utils.py, monkey_patch_compute_logits).
-        self.bias = dict.fromkeys(family.banned_ids(self.tokenizer, len(self.tokenizer)), BANNED_BIAS)
+        self.ids, self.bias = ids_and_bias(family, self.tokenizer, self.config.actor_rollout_ref.model.path)
         self.hop_length = self.processor.feature_extractor.hop_length
         self.family = family
         self.settings, self.timeout_seconds = settings_from(self.config)
@@ -174,15 +174,13 @@ class RelistenAgentLoop(AgentLoopBase):
                     audios.append(crop(source, clip.start_sample, clip.end_sample))
 
     def _features(self, audios: list[np.ndarray]) -> BatchFeature | None:
-        """Log-mel features of the prompt's audio and of each clip, as the actor takes them."""
+        """Log-mel features of the prompt's audio and of each clip, as `ThinkerOnly.forward` takes them."""
         if not audios:
             return None
         features = self.processor.feature_extractor(
             audios, sampling_rate=SAMPLING_RATE, return_attention_mask=True, return_tensors="pt"
         )
-        return BatchFeature(
-            {"input_features": features["input_features"], "feature_attention_mask": features["attention_mask"]}
-        )
+        return BatchFeature(pack_clips(features["input_features"], features["attention_mask"]))
 
     def _response(self, trajectory: Trajectory, failed: bool, with_logprobs: bool) -> dict[str, Any]:
         """Ids, mask and log-probs as the trainer takes them.
@@ -214,6 +212,16 @@ class RelistenAgentLoop(AgentLoopBase):
             "turn_scores": [],
             "tool_rewards": [],
         }
+
+
+@functools.lru_cache(maxsize=1)  # verl makes an agent loop for each trajectory, and this reads a file
+def ids_and_bias(family: OmniFamily, tokenizer: Any, model_dir: str) -> tuple[SpecialIds, dict[int, float]]:
+    """The ids of the audio tokens, and vLLM's logit bias against all that the policy may not sample.
+
+    Ids past the tokenizer's end are masked by verl's workers (vllm_rollout/utils.py, monkey_patch_compute_logits).
+    """
+    banned = family.banned_ids(tokenizer, len(tokenizer))
+    return family.special_ids(tokenizer, model_dir), dict.fromkeys(banned, BANNED_BIAS)
 
 
 def settings_from(config: Any) -> tuple[Settings, float]:

@@ -34,6 +34,25 @@ from ..model import FAMILIES
 BANNED_LOGIT = -100.0  # the rollout's own bias: a probability of 0 in float32. With -inf the entropy would be NaN
 
 
+def pack_clips(features: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Features (clips, mel, frames) without the padding of the shorter clips: frames of all clips one after the other
+    (frames, mel), and frames a clip (clips,). verl sends them from process to process, and joins rows along the first
+    dimension (verl/utils/model.py, extract_multi_modal_inputs)."""
+    valid = mask.bool()
+    return {"audio_frames": features.transpose(1, 2)[valid], "audio_num_frames": valid.sum(-1)}
+
+
+def unpack_clips(audio_frames: torch.Tensor, audio_num_frames: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `pack_clips` was given, for the thinker, which itself drops what is padded here."""
+    clips = list(audio_frames.split(audio_num_frames.tolist()))
+    features = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2)
+    places = torch.arange(features.shape[-1], device=features.device)
+    return {
+        "input_features": features,
+        "feature_attention_mask": (places < audio_num_frames.to(places.device).unsqueeze(-1)).long(),
+    }
+
+
 class ThinkerOnly(PreTrainedModel):
     """A full Omni checkpoint as verl trains it: the thinker alone, under the checkpoint's own names (`thinker.*`).
 
@@ -73,6 +92,8 @@ class ThinkerOnly(PreTrainedModel):
         return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "audio_frames" in kwargs:
+            kwargs |= unpack_clips(kwargs.pop("audio_frames"), kwargs.pop("audio_num_frames"))
         output = self.thinker(*args, **kwargs)
         device = output.logits.device
         if self.banned_index is None or self.banned_index.device != device:  # made anew, it would be sent each time

@@ -16,7 +16,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
 from verl.utils.model import extract_multi_modal_inputs, get_hf_auto_model_class
 from verl.utils.tokenizer import hf_processor
 
-import echo_plugins.for_verl.omni  # noqa: F401 - registers the trainable class
+from echo_plugins.for_verl.omni import pack_clips
 from echo_plugins.model import family_of, hop_length
 
 WARM_STEPS, WARM_ROWS = 80, 48
@@ -49,10 +49,7 @@ class Row:
         self.inputs: dict[str, torch.Tensor] = {}
         if clips:
             features = processor.feature_extractor(clips, sampling_rate=16_000, return_tensors="pt")
-            self.inputs = {
-                "input_features": features["input_features"],
-                "feature_attention_mask": features["attention_mask"],
-            }
+            self.inputs = pack_clips(features["input_features"], features["attention_mask"])
         worker: Any = SimpleNamespace(processor=processor)
         ones = torch.ones_like(self.ids)
         self.positions = AgentLoopWorker._compute_position_ids(worker, self.ids[None], ones[None], dict(self.inputs))[0]

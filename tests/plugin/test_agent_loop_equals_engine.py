@@ -89,7 +89,7 @@ def test_the_agent_loop_and_the_engine_make_the_same_trajectory(
     # vLLM took the same prompts and the same sound in both, turn by turn
     assert verl_llm.streams() == eval_llm.streams()
     assert output.multi_modal_data is not None
-    assert len(output.multi_modal_data["audios"]["feature_attention_mask"]) == 1 + len(trajectory.clips)
+    assert len(output.multi_modal_data["audios"]["audio_num_frames"]) == 1 + len(trajectory.clips)
 
     # What the trainer trains on is what vLLM saw: the last turn's prompt with its sound expanded, and its answer.
     session, ids = engine_session, engine_session.engine.ids

@@ -124,7 +124,7 @@ def replaced(row: Row, audio_id: int) -> Row:
     inputs = row["multi_modal_inputs"]
     return row | {
         "input_ids": ids,
-        "multi_modal_inputs": inputs | {"input_features": inputs["input_features"].flip(-1)},
+        "multi_modal_inputs": inputs | {"audio_frames": inputs["audio_frames"].flip(0)},
     }
 
 
@@ -195,7 +195,7 @@ def test_the_rows_are_what_the_comparison_is_about(rows: dict[str, Row], ids: Sp
     for name, row in rows.items():
         observed, clips = row["responses"][row["response_mask"] == 0], CLIPS.get(name, 0)
         assert int((observed == ids.audio_bos).sum()) == clips, name
-        features = row["multi_modal_inputs"].get("input_features", ())
+        features = row["multi_modal_inputs"].get("audio_num_frames", ())
         assert len(features) == (0 if name in SILENT else 1 + clips), name
     plain, straddling = processor.tokenizer.convert_tokens_to_ids([">", ">,"])
     assert plain in rows["four"]["responses"][rows["four"]["response_mask"] == 0]

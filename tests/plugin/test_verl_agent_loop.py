@@ -141,10 +141,10 @@ def test_features_are_those_of_every_clip_and_reach_the_actor_through_verls_work
     )
     ids = torch.tensor(output.prompt_ids + output.response_ids)
     inputs = AgentLoopWorker._compute_multi_modal_inputs(worker, output, ids)
-    assert set(inputs) == {"input_features", "feature_attention_mask"}
-    frames = inputs["feature_attention_mask"].sum(-1).tolist()
+    assert set(inputs) == {"audio_frames", "audio_num_frames"}
+    frames = inputs["audio_num_frames"].tolist()
     assert [QWEN2_5_OMNI.tokens_of_frames(count) for count in frames] == [50, 12, 6]
-    assert inputs["input_features"].shape[-1] == max(frames), "no padding beyond the longest clip"
+    assert len(inputs["audio_frames"]) == sum(frames), "no padding"
     positions = AgentLoopWorker._compute_position_ids(worker, ids[None], torch.ones_like(ids)[None], inputs)
     assert positions.shape == (1, 4, len(ids)) and bool((positions == torch.arange(len(ids))).all())
 
