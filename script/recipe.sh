@@ -141,9 +141,11 @@ stage_rl() {
 }
 
 stage_merge() {
-  stage merge --output "$MERGED_DIR" --after rl --learned WORDS_TEXT -- \
+  local best=()
+  ((RL_KEEP_BEST == 0)) || best=(--best)
+  stage merge --output "$MERGED_DIR" --after rl --learned WORDS_TEXT --learned RL_KEEP_BEST -- \
     env CHECKPOINT="$RL_DIR" BASE_MODEL="$(rl_base)" OUTPUT_DIR="$MERGED_DIR" \
-    bash "$ROOT/script/merge.sh" -- "${WORDS[@]}"
+    bash "$ROOT/script/merge.sh" -- "${best[@]}" "${WORDS[@]}"
 }
 
 stage_infer() {
