@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transfer_queue
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.trainer.ppo.v1 import replay_buffer
@@ -151,8 +152,8 @@ def test_filtered_questions_are_not_replaced_for_ever(monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer.PPOTrainer, "_add_prompts_to_generate", lambda _self, number: number)
     config = OmegaConf.create({"data": {"train_batch_size": 4}})
     buffer = SimpleNamespace(filter_groups_metric="filter")
-    step = object.__new__(EchoSyncTrainer)
-    step.config, step.replay_buffer, step.global_steps = config, buffer, 5  # type: ignore[assignment]
+    step: Any = object.__new__(EchoSyncTrainer)
+    step.config, step.replay_buffer, step.global_steps = config, buffer, 5
     step.max_gen_batches, step.refilled = 2, Counter()
     assert [step._add_prompts_to_generate(4) for _ in range(2)] == [4, 4]
     with pytest.raises(RuntimeError, match=r"step 5: after 2 batches.*RL_MAX_GEN_BATCHES.*RL_FILTER_GROUPS"):
@@ -169,7 +170,7 @@ def test_the_filter_takes_equal_groups_out_and_leaves_failures_to_be_counted(mon
     def kv_batch_get(keys: list[str], **_: Any) -> dict[str, Any]:
         return {"extra_fields": [{"reward_extra_info": {"filter": rows[key]}} for key in keys]}
 
-    monkeypatch.setattr(replay_buffer.tq, "kv_batch_get", kv_batch_get)
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", kv_batch_get)
     none: Any = None
     buffer = replay_buffer.ReplayBuffer("sync", none, None, "drop", none, refill_fn=len, filter_groups_metric="filter")
     buffer.partitions["train"] = {key: {} for key in rows}
@@ -179,7 +180,7 @@ def test_the_filter_takes_equal_groups_out_and_leaves_failures_to_be_counted(mon
 
 def test_rows_of_another_mode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.PPOTrainer, "_init_dataloader", lambda _self: None)
-    step = object.__new__(EchoSyncTrainer)
+    step: Any = object.__new__(EchoSyncTrainer)
     step.config = OmegaConf.create({"echo": {"mode": "interleaved"}})
 
     def rows(*modes: str | None) -> Any:
