@@ -48,6 +48,15 @@ def wilson(right: float, total: float, effective: float | None = None) -> Interv
     return (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
 
 
+def independent_difference(first: tuple[int, int], second: tuple[int, int]) -> Interval:
+    """The 95% interval of the share of `first` (right, total) minus that of `second`, of rows that are not paired:
+    Newcombe's hybrid score interval (1998, method 10)."""
+    (p1, (low1, high1)), (p2, (low2, high2)) = ((r / n if n else 0.0, wilson(r, n)) for r, n in (first, second))
+    difference = p1 - p2
+    below, above = math.hypot(p1 - low1, high2 - p2), math.hypot(high1 - p1, p2 - low2)
+    return max(-1.0, difference - below), min(1.0, difference + above)
+
+
 def mean_interval(groups: Sequence[tuple[float, Interval]]) -> Interval:
     """The 95% interval of the mean of several independent shares, each with its own interval (MOVER, Zou and Donner
     2008): as wide as the shares' intervals are, where a bootstrap has no width at 0 and at 1."""

@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import estimate as estimates  # noqa: E402
 from estimate import DTYPE_BYTES, GB, Estimate, Model, ModelError, Settings  # noqa: E402
 
-STAGES = ("data", "sft", "rl", "merge", "infer", "score")
+STAGES = ("data", "sft", "gate", "rl", "merge", "infer", "score")
 SAMPLE_ROWS = 512
 HOLDOUT_SHARE = 0.25  # script/recipe.sh holds out no more of a small set
 SAMPLE_CHARACTERS = 500_000  # a tokenizer takes a second for them; of longer texts fewer rows are looked at
@@ -90,7 +90,7 @@ WORDS = {
     "EVAL_MODES": MODES,
     "STRADDLE": "cut keep",
     "TRACKERS": " ".join(TRACKERS),
-    **dict.fromkeys(("RL_ASYNC", "RL_VAL_ONLY", "RL_KEEP_BEST"), "0 1"),
+    **dict.fromkeys(("RL_ASYNC", "RL_VAL_ONLY", "RL_KEEP_BEST", "EVAL_BEFORE_RL"), "0 1"),
     "REWARD_PRESET": " ".join(sorted(path.stem for path in ROOT.glob("echo_plugins/rewards/presets/*.yaml"))),
 }
 BOOLEANS: dict[str, str] = dict.fromkeys(("true", "false"), "true false")

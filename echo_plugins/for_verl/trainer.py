@@ -44,7 +44,7 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
-from ..relisten.segment import Refusal, Segment, overlap_ratio, union_seconds
+from ..relisten.segment import Refusal, Segment, iou, overlap_ratio
 from ..relisten.trajectory import Attempt, StopReason
 from .engine_watch import EngineWatch, end_the_process, note_failure, one_line
 from .merge import BEST, LATEST
@@ -469,12 +469,6 @@ def hit_metrics(
     ]
     has_events = any(labelled is not None and len(labelled) for labelled in events)
     return {"segments/hit": sum(hits) / len(hits) if hits else 0.0} if has_events else {}
-
-
-def iou(one: Segment, other: Segment) -> float:
-    """Intersection over union of two spans of time."""
-    union = union_seconds([one, other])
-    return (one.duration_seconds + other.duration_seconds - union) / union if union else 0.0
 
 
 def refuse_what_omni_models_cannot_take(config: Any) -> None:

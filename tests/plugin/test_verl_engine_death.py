@@ -47,7 +47,7 @@ def start(tiny_model: Path, soundscapes: Path, folder: Path, log: Path) -> subpr
 def title(process: psutil.Process) -> str:
     """Ray writes the actor's class there, and the method that it runs."""
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()
     except psutil.NoSuchProcess:
         return ""
 
