@@ -85,6 +85,15 @@ def mcnemar(differences: Sequence[int]) -> float:
     return min(1.0, float(ways[middle + far :].sum() + ways[: middle - far + 1].sum())) if far else 1.0
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected by Holm's step-down rule (1979): the chance of one false finding is kept."""
+    order, corrected, largest = sorted(range(len(ps)), key=ps.__getitem__), [0.0] * len(ps), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = largest
+    return corrected
+
+
 def difference_interval(only_first: float, only_second: float, total: float) -> Interval:
     """The 95% interval of second minus first in paired rows: Tango's score interval (1998), which has a width where no
     row changed, too. The counts may be scaled to an effective number of rows."""

@@ -88,6 +88,7 @@ WORDS = {
     "RL_LR_SCHEDULER": "constant cosine",
     "RL_MODE": MODES,
     "EVAL_MODES": MODES,
+    "EVAL_ARMS": "grounded plain random silent shuffled deaf",
     "STRADDLE": "cut keep",
     "TRACKERS": " ".join(TRACKERS),
     **dict.fromkeys(("RL_ASYNC", "RL_VAL_ONLY", "RL_KEEP_BEST", "EVAL_BEFORE_RL"), "0 1"),
@@ -96,7 +97,7 @@ WORDS = {
 BOOLEANS: dict[str, str] = dict.fromkeys(("true", "false"), "true false")
 BOOLEANS |= dict.fromkeys(("True", "False"), "True False true false")
 OR_FILE = {"SFT_DEEPSPEED": (".json",), "REWARD_PRESET": (".yaml", ".yml")}
-SEVERAL = {"EVAL_MODES": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
+SEVERAL = {"EVAL_MODES": r"\S+", "EVAL_ARMS": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
 CHECKED_ELSEWHERE = ("SFT_MODE", "RL_LOSS", "RL_LORA_TARGETS", "RL_ARGS", "BENCHMARKS")
 # The other settings are numbers: whole ones from 1 where the default is whole or empty, otherwise any above 0.
 DECIMAL = "SFT_EPOCHS SFT_LORA_ALPHA RL_LORA_ALPHA RL_ENTROPY RL_TIMEOUT RL_TIS RL_VAL_TEMPERATURE TRAJECTORY_MEGABYTES"
