@@ -32,18 +32,33 @@ defaults sft
 [[ "$DEVICE" == cpu ]] || ((NUM_GPUS > 0)) || die "NUM_GPUS=$NUM_GPUS: DEVICE=cpu trains without a GPU" 2
 
 # The same batch on any number of GPUs: what they do not hold at once is accumulated.
-if [[ "$DEVICE" == cpu ]]; then AT_ONCE=$SFT_MICRO_BATCH; else AT_ONCE=$((SFT_MICRO_BATCH * NUM_NODES * NUM_GPUS)); fi
+if [[ "$DEVICE" == cpu ]]; then AT_ONCE=$((SFT_MICRO_BATCH * NUM_NODES)); else AT_ONCE=$((SFT_MICRO_BATCH * NUM_NODES * NUM_GPUS)); fi
 ((SFT_BATCH_SIZE % AT_ONCE == 0)) ||
   die "SFT_BATCH_SIZE=$SFT_BATCH_SIZE is no multiple of the $AT_ONCE rows that SFT_MICRO_BATCH=$SFT_MICRO_BATCH on NUM_GPUS=$NUM_GPUS holds at once" 2
 
 ENVIRONMENT=(env)
 DEVICE_FLAGS=()
+LAUNCHER=()
+if ((NUM_NODES > 1)); then
+  # This script runs once, on the first node. The launcher starts ms-swift on each, where torchrun's processes find each other.
+  [[ -n "$NODE_LAUNCHER" ]] ||
+    die "NUM_NODES=$NUM_NODES needs NODE_LAUNCHER, which runs a command once on each node: 'srun --ntasks-per-node=1' under Slurm" 2
+  read -ra LAUNCHER <<< "$NODE_LAUNCHER"
+  # shellcheck disable=SC2016  # a variable of the node
+  LAUNCHER+=(bash -c 'NODE_RANK="${SLURM_NODEID:?}" exec "$@"' node)
+  export MASTER_ADDR="${MASTER_ADDR:-$(hostname)}" MASTER_PORT="${MASTER_PORT:-29511}"
+fi
 if [[ "$DEVICE" == cuda ]]; then
   ENVIRONMENT+=("NPROC_PER_NODE=$NUM_GPUS" "NNODES=$NUM_NODES") # ms-swift starts one process a GPU
 else
   # One thread: two are no faster for so small a model, and on a busy machine they wait for each other. With NNODES or
   # NPROC_PER_NODE in the environment ms-swift would start torchrun.
-  ENVIRONMENT+=(-u NNODES -u NPROC_PER_NODE)
+  if ((NUM_NODES > 1)); then
+    ENVIRONMENT+=("NNODES=$NUM_NODES" NPROC_PER_NODE=1)
+    DEVICE_FLAGS+=(--ddp_backend gloo)
+  else
+    ENVIRONMENT+=(-u NNODES -u NPROC_PER_NODE)
+  fi
   ENVIRONMENT+=(CUDA_VISIBLE_DEVICES= "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
   DEVICE_FLAGS+=(--dataloader_pin_memory false)
 fi
@@ -126,7 +141,7 @@ read -ra TRACKERS_LIST <<< "tensorboard ${TRACKERS//,/ }"
 mapfile -t REPORT_TO < <(printf '%s\n' "${TRACKERS_LIST[@]}" | sort -u)
 
 train() {
-  run "${ENVIRONMENT[@]}" "WANDB_MODE=${WANDB_MODE:-offline}" "WANDB_DIR=$OUTPUT_DIR" "$(dirname "$PYTHON")/swift" sft \
+  run "${LAUNCHER[@]}" "${ENVIRONMENT[@]}" "WANDB_MODE=${WANDB_MODE:-offline}" "WANDB_DIR=$OUTPUT_DIR" "$(dirname "$PYTHON")/swift" sft \
     --model "$MODEL" \
     --external_plugins "$ROOT/echo_plugins/for_swift/plugin.py" \
     --dataset "$ROWS" \
