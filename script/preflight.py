@@ -183,6 +183,9 @@ def combinations(settings: Settings, stages: Sequence[str]) -> Problems:
         if stage in stages and number % divisor:
             text = f"{name} is no multiple of {divisor_name}"
             yield Problem(text, f"{-(-number // divisor) * divisor} would be one: change one of these settings.")
+    if "sft" in stages and settings["NUM_NODES"] != "1" and not settings["NODE_LAUNCHER"]:
+        text = f"NUM_NODES={settings['NUM_NODES']} and no NODE_LAUNCHER, which starts SFT on each node"
+        yield Problem(text, "Use script/slurm.sh, or see recipes/echo-7b/README.md.")
     lora, dtype, words = settings["SFT_TUNER"] == "lora", settings["SFT_DTYPE"], settings["WORDS_TEXT"].split()
     if "sft" in stages and lora and not settings.on("SFT_FREEZE_AUDIO"):
         text = "SFT_TUNER=lora does not train the audio tower, and SFT_FREEZE_AUDIO is false"

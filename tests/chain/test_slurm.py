@@ -1,5 +1,5 @@
-"""script/slurm.sh over two nodes that are both this machine. torchrun, Ray, ms-swift and verl are real; srun and scontrol
-are played."""
+"""script/slurm.sh over two nodes that are both this machine. torchrun, Ray, ms-swift and verl are real, srun and
+scontrol are played."""
 
 from __future__ import annotations
 
