@@ -10,6 +10,7 @@ usage() {
 usage: MODEL=DIR TRAIN_FILE=rows.jsonl OUTPUT_DIR=DIR bash script/stage1_ground_reason.sh [WORDS]
 
 Trains MODEL on the rows that \`python -m converters.sft_jsonl\` wrote. OUTPUT_DIR/last is the trained model, complete.
+VAL_FILE, rows of the same kind: the loss on them is evaluated every SFT_EVAL_STEPS.
 WORDS go on to \`swift sft\`; what they say comes last and wins. Settings, as variables of the environment:
 
 $(explain_settings sft)
@@ -104,6 +105,17 @@ ROWS="$OUTPUT_DIR/rows.jsonl"
 run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$TRAIN_FILE" "$ROWS" \
   --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/overlong.jsonl"
 
+# The loss on rows that are not trained on.
+EVALUATION=(--eval_strategy no)
+if ((SFT_EVAL_STEPS > 0)) && [[ -s "${VAL_FILE:-}" || ( "$DRY_RUN" == 1 && -n "${VAL_FILE:-}" ) ]]; then
+  run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$VAL_FILE" "$OUTPUT_DIR/val-rows.jsonl" \
+    --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/val-overlong.jsonl"
+  EVALUATION=(
+    --val_dataset "$OUTPUT_DIR/val-rows.jsonl" --val_dataset_shuffle false --per_device_eval_batch_size "$SFT_MICRO_BATCH"
+    --eval_strategy steps --eval_steps "$SFT_EVAL_STEPS"
+  )
+fi
+
 # Steps of the whole run, as transformers counts them. Words for ms-swift may give another number.
 planned_steps() {
   "$PYTHON" -c 'import math, sys
@@ -167,6 +179,7 @@ train() {
     --data_seed "$SEED" \
     --logging_steps "$SFT_LOG_STEPS" \
     --save_steps "$SFT_SAVE_STEPS" \
+    "${EVALUATION[@]}" \
     --save_total_limit "$SFT_SAVE_LIMIT" \
     --output_dir "$OUTPUT_DIR" \
     --add_version false \

@@ -53,19 +53,21 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def sft_log(sft_dir: Path) -> str:
     """Steps and loss, from ms-swift's log. A resumed run logs on in the same file. Only every SFT_LOG_STEPS'th step has
     a line with its loss; the closing line has the number of the last step."""
-    losses, last = {}, 0
+    losses, last, held = {}, 0, ""
     for path in sorted(sft_dir.glob("logging.jsonl")):
         for line in json_lines(path):
             if "global_step/max_steps" in line:
                 step = int(str(line["global_step/max_steps"]).partition("/")[0])
                 last = max(last, step)
+                if "eval_loss" in line:
+                    held = f", {line['eval_loss']:.2f} on held rows"
                 if "loss" in line:
                     losses[step] = line["loss"]
     if not losses:
         return ""
     first, latest = min(losses), max(losses)
     loss = f"{losses[first]:.2f} -> {losses[latest]:.2f}" if first < latest else f"{losses[first]:.2f} at step {first}"
-    return f"{last} steps, loss {loss}"
+    return f"{last} steps, loss {loss}{held}"
 
 
 def rl_metrics(rl_dir: Path) -> dict[int, dict[str, float]]:
