@@ -142,6 +142,7 @@ trainer=(
   trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"
   trainer.validation_data_dir="$(hydra_string "$OUTPUT_DIR/validation")"
   +echo_log.rows="$TRAJECTORY_ROWS" +echo_log.megabytes="$TRAJECTORY_MEGABYTES" +echo_log.ids="$TRAJECTORY_IDS"
+  +echo_log.shown="$TRAJECTORY_SHOWN"
   hydra.run.dir="$(hydra_string "$OUTPUT_DIR/hydra")"
 )
 ray=()
