@@ -88,7 +88,7 @@ def export(
                 if not shard.source_rows:
                     break
                 shards.append(shard)
-            if tally.written:
+            if tally.written and tally.lost is None:
                 folder.finish(shards, side)
     except OSError as error:
         typer.echo(f"error: {error}; the same command goes on with the shards that {target} has", err=True)
@@ -142,8 +142,10 @@ class _Folder:
             if shard.source_sha256 != _sha256(raw for _, raw in taken):
                 return shards
             lines = {orjson.loads(entry)["line"] for entry in self._side(number).open("rb")}
-            values = (parse_row(raw) for line, raw in taken if line not in lines)
-            self._conversion.seen.add_all([str(value["id"]) for value in values if isinstance(value, dict)])
+            values = ((line, parse_row(raw)) for line, raw in taken if line not in lines)
+            self._conversion.seen.add_all(
+                [(line, str(value["id"])) for line, value in values if isinstance(value, dict)]
+            )
             shards.append(shard)
         raise AssertionError("unreachable")
 
@@ -178,6 +180,7 @@ class _Folder:
                 staged_side.commit()
                 _write_json(self._record(number), {"settings": self._settings, "shard": shard})
         self._tally.add(tally.read, tally.written, tally.rejected)
+        self._tally.lost = self._tally.lost or tally.lost
         return shard
 
     def finish(self, shards: list[Shard], side: Path) -> None:

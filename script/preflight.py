@@ -246,7 +246,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     sample. Where it is all of them, the stage would have nothing left."""
     from echo_plugins.audio import SAMPLING_RATE, AudioError, resolve_path
     from echo_plugins.for_swift.dataset import BadRowError, Lengths, file_samples
-    from echo_plugins.model import MAX_AUDIO_SECONDS, family_of, hop_length
+    from echo_plugins.model import MAX_AUDIO_SECONDS, family_of, hop_length, max_audio_seconds
 
     def share(some: int, of: int, what: str, text: str, cure: str) -> Problems:
         """A refusal where it is all of the rows that were looked at, a warning where it is some."""
@@ -268,10 +268,10 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     yield from share(len(missing), len(rows.sample), "audio files", text, cure)
     if model is None or not found:
         return
-    files = [model / name for name in ("processor_config.json", "preprocessor_config.json")]
-    configs = [json.loads(file.read_text()) for file in files if file.is_file()]
-    windows = [config.get("feature_extractor", config).get("chunk_length") for config in configs]
-    window = next(filter(None, windows), MAX_AUDIO_SECONDS)
+    try:
+        window = max_audio_seconds(model)
+    except ValueError:
+        window = MAX_AUDIO_SECONDS
     long = [record.id for record, _, seconds in found if seconds > window]
     text = f"have more than the {window:g} s of audio that the model hears, id {''.join(long[:1])} for one"
     yield from share(

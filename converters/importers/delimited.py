@@ -51,6 +51,7 @@ def main(
     delimiter: Annotated[
         str | None, typer.Option(help="One character.", show_default="the preset's; a tab for .tsv, else a comma")
     ] = None,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -59,7 +60,7 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
     layout = load_preset(preset, "delimited").with_map(map_)
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem, read_label_map(label_map))
     parted_by = delimiter or layout.reader.get("delimiter") or ("\t" if source.suffix == ".tsv" else ",")
     quoted = layout.reader.get("quoted", parted_by != "\t")

@@ -37,6 +37,7 @@ def main(
     audio_column: Annotated[str, typer.Option(help="The column of the audio.")] = "audio",
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
     answer: Annotated[AnswerForm, typer.Option(help="How the answer is given.")] = AnswerForm.AUTO,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -45,7 +46,7 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
     layout = Preset(fields={"audio": audio_column}, answer=answer).with_map(map_)
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem)
     files = _data_files(source)
     require_columns(map_, _schema(files[0]).names, str(files[0]))

@@ -44,6 +44,7 @@ def main(
             show_default="the preset's, or auto",
         ),
     ] = None,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -53,7 +54,7 @@ def main(
     """
     layout = load_preset(preset, "jsonl").with_map(map_)
     layout = replace(layout, answer=answer) if answer else layout
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem)
     depth = layout.reader.get("depth", 0)
     if map_ and not source.is_fifo():

@@ -31,6 +31,7 @@ def main(
     ],
     target: conversion.RecordsArgument,
     audio_root: conversion.AudioRootOption,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -38,7 +39,7 @@ def main(
 
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
-    audio = AudioRoot(audio_root, cut_ends_seconds=END_TOLERANCE_SECONDS)
+    audio = AudioRoot(audio_root, cut_ends_seconds=END_TOLERANCE_SECONDS, follow_links=follow_links)
 
     def to_record(line: int, cut: object) -> Record:
         return record_of_cut(cut, audio.root)

@@ -45,6 +45,7 @@ def main(
     audio_root: conversion.AudioRootOption,
     lines: Annotated[Lines | None, typer.Option(help="What the lines are.", show_default="by the name of IN")] = None,
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -57,7 +58,7 @@ def main(
     fields: dict[str, Any] = {"id": "file", "audio": "{file}.wav", "meta.domain": {"value": "speech"}}
     fields |= {f"event.{name}": spec for name, spec in event.items()}
     layout = Preset(fields=fields).with_map(map_)
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem)
 
     def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:

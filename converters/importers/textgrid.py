@@ -32,6 +32,7 @@ def main(
     audio_root: conversion.AudioRootOption,
     tier: Annotated[list[str], typer.Option(help="Take this tier; may be given again.", show_default="all")] = [],  # noqa: B006
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -40,7 +41,7 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
     layout = Preset(fields={"id": "file", "audio": "{file}.wav"}).with_map(map_)
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     files = sorted(source.rglob("*.[tT]ext[gG]rid")) if source.is_dir() else [source]
 
     def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:

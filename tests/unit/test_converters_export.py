@@ -339,7 +339,7 @@ def test_audio_tokens_are_counted_for_the_given_checkpoint(root: Path, tmp_path:
 def test_a_file_is_decoded_once_however_many_rows_name_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
     real = conversion.probe
-    monkeypatch.setattr(conversion, "probe", lambda path: decoded.append(path) or real(path))
+    monkeypatch.setattr(conversion, "probe", lambda path, most: decoded.append(path) or real(path, most))
     rows = [row(index, audio=("a.wav", "text.wav")[index % 2]) for index in range(200)]
     result, _ = export(sft_jsonl.app, rows, root, "--workers", 1)
     assert result.exit_code == 0, result.output
@@ -347,7 +347,7 @@ def test_a_file_is_decoded_once_however_many_rows_name_it(root: Path, monkeypatc
 
 
 def test_trusted_durations_spare_the_decoding_but_not_the_look(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "probe", lambda path: pytest.fail(f"decoded {path}"))
+    monkeypatch.setattr(conversion, "probe", lambda path, most: pytest.fail(f"decoded {path}"))
     rows = [row(0, duration=2.0), row(1, duration=2.0, audio="none.wav")]
     result, target = export(rl_parquet.app, rows, root, "--trust-durations")
     assert result.exit_code == 0, result.output
@@ -427,9 +427,11 @@ def test_a_kill_in_the_middle_leaves_no_half_written_file(root: Path) -> None:
 def test_an_id_is_known_again_however_long_ago_it_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "_LATEST_IDS", 7)
     seen = conversion.SeenIds()
-    assert all(seen.add(f"row-{index}") for index in range(100))
-    assert not any(seen.add(f"row-{index}") for index in range(100))
-    assert seen.add("")
+    assert not any(seen.add(f"row-{index}", index) for index in range(100))
+    for index in range(100):
+        twin = seen.add(f"row-{index}", 200)
+        assert twin and twin.detail == f"id 'row-{index}' stands in line {index} too"
+    assert seen.add("", 300) is None
 
 
 def test_a_staged_file_appears_on_commit_alone(tmp_path: Path) -> None:

@@ -273,14 +273,3 @@ def test_a_table_in_utf_16_is_read(root: Path) -> None:
     result = CliRunner().invoke(delimited.app, [str(table), str(target), "--audio-root", str(root), *words])
     assert result.exit_code == 0, result.output
     assert orjson.loads(target.read_bytes())["meta"]["caption"] == "caf\u00e9"
-
-
-@pytest.mark.parametrize(
-    ("content", "told"), [("{}".encode("utf-16"), "iconv"), (b"\x1f\x8b\x08\x00", "gunzip")], ids=["utf-16", "gzip"]
-)
-def test_what_is_no_text_is_named_with_the_cure(root: Path, content: bytes, told: str) -> None:
-    source, target = root / "in.jsonl", root / "out.jsonl"
-    source.write_bytes(content)
-    CliRunner().invoke(jsonl.app, [str(source), str(target), "--audio-root", str(root)])
-    (rejected,) = [orjson.loads(line) for line in target.with_name("out.jsonl.rejected.jsonl").open("rb")]
-    assert told in rejected["detail"]
