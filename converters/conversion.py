@@ -230,7 +230,7 @@ class Tally:
     read: int = 0
     written: int = 0
     rejected: Counter[Reason] = field(default_factory=Counter)
-    lost: RowError | None = None  # what follows it in the source was not read
+    lost: RowError | None = None  # the first fatal one
 
     def add(self, read: int, written: int, rejected: Counter[Reason]) -> None:
         self.read += read
@@ -399,7 +399,7 @@ class Conversion:
             packed = self.job.form.take(packed, [place for place in range(len(chunk.good)) if place not in twins])
         for line, row_id, error in rejected:
             tally.rejected[error.reason] += 1
-            if error.rest_lost and tally.lost is None:
+            if error.fatal and tally.lost is None:
                 tally.lost = RowError(error.reason, f"line {line}: {error.detail}")
             entry = {
                 "file": _printable(str(tally.source)),
@@ -486,7 +486,7 @@ def report(tally: Tally) -> None:
     for text in tally.lines():
         typer.echo(f"== {text}", err=True)  # a recipe shows such lines: see script/watch.py
     if tally.lost:
-        kept = f"{tally.target} has the {tally.written} good rows before it" if tally.written else "no row was good"
+        kept = f"{tally.target} has {tally.written} good rows" if tally.written else "nothing was written"
         typer.echo(f"error: {tally.source}: {tally.lost.detail}; {kept}. Mend the file and run again", err=True)
         raise typer.Exit(1)
     if not tally.written:

@@ -158,7 +158,7 @@ def resolve_path(audio_root: str | os.PathLike[str], relative: str, follow_links
         if "\\" in relative and (root / relative.replace("\\", "/")).is_file():
             hint = "; with / in the place of \\ there is one"
         elif named.is_symlink():
-            hint = f"; it is a link to {os.readlink(named)}, which is not there"
+            hint = f"; it is a link to {named.readlink()}, which is not there"
         raise AudioError(f"{relative!r}: no such file under the audio root {root}{hint}")
     return path
 

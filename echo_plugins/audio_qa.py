@@ -44,13 +44,13 @@ END_TOLERANCE_SECONDS = 0.05  # labels and tags are rounded: an END may pass the
 _GRAMMAR = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-# Characters that nobody sees: controls but tab and line breaks, marks that turn the direction of a text round, blanks
+# Characters that nobody sees: controls but tab and line breaks, marks that turn the direction of a text, blanks
 # without a width, lone surrogates. A text that holds one looks like another. Many scripts need the joiners U+200C and
 # U+200D.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-# A choice that carries its own letter: "(A) a car", "A. a car", "a) a car", "A: a car", or full-width. "A minor" has none.
+# A choice that carries its own letter: "(A) a car", "A. a car", "a) a car", "A: a car". "A minor" does not.
 _A_LETTER = r"([A-Za-z\uff21-\uff3a])"
 _LETTERED = re.compile(
     rf"(?:[(\uff08]{_A_LETTER}[)\uff09]|{_A_LETTER}(?:[.:](?=\s)|[)\uff0e\uff1a\u3001\uff09]))\s*(\S.*)", re.DOTALL
@@ -106,21 +106,21 @@ class Reason(StrEnum):
 class RowError(ValueError):
     """One row that cannot be used: the typed reason, and what was seen.
 
-    `rest_lost`: what follows in the source cannot be read either, so nobody can count the rows that are lost.
+    `fatal`: more than this row is lost, and nobody can say how much: the rest of the file, or a label of some clip.
     `readings`: what the row may have been, for a reader of tables that looks for the clip it belongs to.
     """
 
     def __init__(
-        self, reason: Reason, detail: str, rest_lost: bool = False, readings: tuple[Mapping[str, Any], ...] = ()
+        self, reason: Reason, detail: str, fatal: bool = False, readings: tuple[Mapping[str, Any], ...] = ()
     ) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-        self.rest_lost = rest_lost
+        self.fatal = fatal
         self.readings = readings
 
     def __reduce__(self) -> tuple[type[RowError], tuple[Reason, str, bool]]:
-        return RowError, (self.reason, self.detail, self.rest_lost)  # it crosses between processes
+        return RowError, (self.reason, self.detail, self.fatal)  # it crosses between processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +362,16 @@ class _Utf8(io.RawIOBase):
         buffer[: len(taken)] = taken
         self._rest = self._rest[len(taken) :]
         return len(taken)
+
+
+def read_value(path: Path) -> object:
+    """The one JSON value of a file, which may be gzipped and in UTF-16; a RowError with its name where it has none."""
+    try:
+        with opened(path) as stream:
+            value = parse_row(stream.read().removeprefix(b"\xef\xbb\xbf"))
+    except DAMAGE as error:
+        return damaged(path, error)
+    return RowError(value.reason, f"{path}: {value.detail}") if isinstance(value, RowError) else value
 
 
 def _one_object(raw: bytes) -> Raw:

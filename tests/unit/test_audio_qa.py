@@ -358,7 +358,7 @@ def test_a_damaged_file_gives_its_rows_so_far_and_one_error_with_its_name(tmp_pa
     (tmp_path / "a.gz").write_bytes(packed)
     *rows, (line, last) = read_rows(tmp_path / "a.gz", ignore)
     assert harm == "block" or rows == ROWS[: len(rows)]
-    assert isinstance(last, RowError) and last.rest_lost and line == len(rows) + 1
+    assert isinstance(last, RowError) and last.fatal and line == len(rows) + 1
     assert str(tmp_path / "a.gz") in last.detail and "the rest is not read" in last.detail
 
 

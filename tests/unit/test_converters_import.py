@@ -261,7 +261,7 @@ def test_a_byte_that_is_no_utf_8_costs_one_row_of_a_table(root: Path) -> None:
     result = CliRunner().invoke(delimited.app, [str(table), str(target), "--audio-root", str(root), *words])
     assert result.exit_code == 0, result.output
     rejected = [orjson.loads(line) for line in target.with_name("out.jsonl.rejected.jsonl").open("rb")]
-    assert [(entry["line"], entry["reason"]) for entry in rejected] == [(303, "not_a_table")]
+    assert [(entry["line"], entry["reason"]) for entry in rejected] == [(303, "not_utf8")]
     assert sum(1 for _ in target.open("rb")) == 399
 
 
