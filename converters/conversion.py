@@ -216,7 +216,8 @@ class AudioRoot:
 
 def _or_raise(outcome: Item | RowError) -> Item:
     if isinstance(outcome, RowError):
-        raise RowError(outcome.reason, outcome.detail)  # a cached error is shared: raising it would chain tracebacks
+        # A cached error is shared: raising it would chain tracebacks.
+        raise RowError(outcome.reason, outcome.detail, outcome.fatal)
     return outcome
 
 
@@ -487,7 +488,9 @@ def report(tally: Tally) -> None:
         typer.echo(f"== {text}", err=True)  # a recipe shows such lines: see script/watch.py
     if tally.lost:
         kept = f"{tally.target} has {tally.written} good rows" if tally.written else "nothing was written"
-        typer.echo(f"error: {tally.source}: {tally.lost.detail}; {kept}. Mend the file and run again", err=True)
+        typer.echo(
+            f"error: {tally.source}: {tally.lost.detail}; {kept}. Mend the line or take it out, and run again", err=True
+        )
         raise typer.Exit(1)
     if not tally.written:
         typer.echo(f"error: no row of {tally.source} could be used, so {tally.target} was not written", err=True)

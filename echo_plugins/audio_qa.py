@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar
 
 import orjson
 
@@ -340,24 +340,26 @@ def opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
     with path.open("rb") as file:
         stream: io.BufferedReader[Any] = file
         if stream.peek(2)[:2] == b"\x1f\x8b":
-            stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stream)))
+            # Not `read`, which gives nothing of what stands before the damage.
+            stream = io.BufferedReader(_Pieces(gzip.GzipFile(fileobj=stream).read1))
         if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            stream = io.BufferedReader(_Utf8(io.TextIOWrapper(stream, "utf-16", newline="")))
+            text = io.TextIOWrapper(stream, "utf-16", newline="")
+            stream = io.BufferedReader(_Pieces(lambda size: text.readline(size).encode("utf-8", "surrogatepass")))
         yield stream
 
 
-class _Utf8(io.RawIOBase):
-    """The bytes of a text stream in UTF-8."""
+class _Pieces(io.RawIOBase):
+    """A file whose bytes a function gives, some `size` of them a call, and none at the end."""
 
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self._text = text
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
         self._rest = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._rest = self._rest or self._text.read(len(buffer)).encode("utf-8", "surrogatepass")
+        self._rest = self._rest or self._read(len(buffer))
         taken = self._rest[: len(buffer)]
         buffer[: len(taken)] = taken
         self._rest = self._rest[len(taken) :]

@@ -84,9 +84,10 @@ def main(
     parted_by = delimiter or layout.reader.get("delimiter") or ("\t" if suffix == ".tsv" else ",")
     if len(parted_by) != 1:
         raise typer.BadParameter(f"{parted_by!r} is not one character", param_hint="--delimiter")
-    quotes = layout.reader.get("quoted", parted_by != "\t") if quoted is None else quoted
-    if quoted is None and "quoted" not in layout.reader and not quotes and not source.is_fifo():
-        if quotes := quotes_cells(source, parted_by):
+    quotes = layout.reader.get("quoted") if quoted is None else quoted
+    if quotes is None:
+        quotes = parted_by != "\t" or (not source.is_fifo() and quotes_cells(source, parted_by))
+        if quotes and parted_by == "\t":
             typer.echo(f"== {source}: cells stand in quotes, which are taken off; --no-quoted keeps them", err=True)
     headers, columns = layout.reader.get("header_rows", 1), layout.reader.get("columns")
     gathered = "event.label" in layout.fields or layout.reader.get("gathered", False)
@@ -133,6 +134,7 @@ def read_table(
             if names_only:
                 yield 0, dict.fromkeys(names, "")
                 return
+            commented = columns is not None  # comments may stand before the first row, as they do before a header
             while True:
                 lines.taken.clear()
                 number = lines.number + 1
@@ -145,6 +147,9 @@ def read_table(
                     continue
                 if cells is None:
                     return
+                if commented and cells and cells[0].startswith("# "):
+                    continue
+                commented = False
                 if not any(cell.strip() for cell in cells):
                     continue
                 if wrong := [name for name, cell in zip(names, cells, strict=False) if _SURROGATE.search(cell)]:
@@ -233,11 +238,10 @@ def _header(
             cells = [cell.strip() for cell in next(reader, [])]
         except csv.Error as error:
             raise typer.BadParameter(f"{source}: its header cannot be read: {error}", param_hint="IN") from error
-        if not rows and cells and cells[0].startswith("#") and not set(wanted).intersection(cells):
-            bare = [cells[0].lstrip("# "), *cells[1:]]
-            if not set(wanted).intersection(bare):
+        if not rows and cells and cells[0].startswith("#") and cells[0] not in wanted:
+            cells[0] = cells[0].lstrip("# ")
+            if not set(wanted).intersection(cells):
                 continue
-            cells = bare
         rows.append(cells)
     names = [".".join(part for part in parts if part) for parts in zip(*rows, strict=False)]
     names = [name or ("index" if not place else f"column {place + 1}") for place, name in enumerate(names)]

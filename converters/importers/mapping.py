@@ -229,7 +229,7 @@ class Mapper:
                 if error.reason is not Reason.LEFT_OUT:
                     named = {self._audio(reading) for reading in error.readings or (row,)} - {None}
                     if not named and not error.fatal:
-                        detail = f"{error.detail}; so any clip may lack a label. Mend the line, or take it out"
+                        detail = f"{error.detail}; so any clip may lack a label"
                         error = RowError(error.reason, detail, fatal=True)
                     if error.fatal and all_spoilt is None:
                         all_spoilt = line

@@ -3,8 +3,8 @@
     python -m converters.importers.textgrid FOLDER OUT.jsonl --audio-root DIR [--tier words] [--map audio='{file}.flac']
 
 The audio is the file of the same name under the audio root. The intervals of the tiers become events, each with its
-tier's name as `tier`; empty ones are silence and left out, and so are point tiers, which have no length. Of two tiers of
-one name the second is NAME_2; `--tier NAME` takes both.
+tier's name as `tier`; empty ones are silence and left out, and so are point tiers, which have no length. Of two tiers
+of one name the second is NAME_2; `--tier NAME` takes both.
 """
 
 from __future__ import annotations
