@@ -226,7 +226,7 @@ def read_rows(path: Path, purpose: str, holdouts: Sequence[int] = ()) -> Rows:
     from echo_plugins.audio_qa import AudioQA, RowError, parse_row, read_raw
 
     lines = [line for _, line in read_raw(path, lambda _: None) if not isinstance(line, RowError)]
-    raws = [line.encode() if isinstance(line, str) else line for line in lines]
+    raws = [line.encode("utf-8", "surrogateescape") if isinstance(line, str) else line for line in lines]
     thoughts = (row.get("think") for raw in raws if b'"think"' in raw and isinstance(row := parse_row(raw), dict))
     reasoning = any(b'"events"' in raw for raw in raws) or any(thoughts)
     wanted, sample = min(len(raws), SAMPLE_ROWS), []
@@ -236,7 +236,7 @@ def read_rows(path: Path, purpose: str, holdouts: Sequence[int] = ()) -> Rows:
     held = 0
     counts = Counter(recording_of_line(raw) for raw in raws) if any(holdouts) else Counter()
     for rows in filter(None, holdouts):
-        chosen = held_recordings(counts, wanted_rows(rows, counts.total(), HOLDOUT_SHARE))
+        chosen = held_recordings(counts, wanted_rows(rows, counts.total() - counts[None], HOLDOUT_SHARE))
         held += sum(counts.pop(recording) for recording in chosen)
     return Rows(f"{purpose}_AUDIO_QA", path, len(raws) - held, held, reasoning, sample)
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,6 +149,7 @@ AnswerOption = Annotated[
 ]
 
 
+@cache
 def preset_names(format_: str) -> list[str]:
     return sorted(
         path.name.removesuffix(".yaml")
