@@ -48,6 +48,7 @@ def schema(embed_audio: bool = False) -> pa.Schema:
                         ("duration", pa.float64()),
                         ("index", pa.int64()),
                         ("num_audio_tokens", pa.int64()),
+                        ("mode", pa.string()),
                     ]
                 ),
             ),
@@ -80,6 +81,7 @@ def rl_row(
             "duration": audio.duration_seconds,
             "index": index,
             "num_audio_tokens": count_audio_tokens(audio.num_samples),
+            "mode": mode,
         },
         "agent_name": AGENT_NAME,
     }

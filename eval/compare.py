@@ -1,6 +1,10 @@
 """Compare two prediction files on the rows that both have: who is better, by how much, and where they differ.
 
     python -m eval.compare BEFORE.jsonl AFTER.jsonl [--json FILE] [--rows CHANGED.jsonl] [--markdown FILE.md]
+    python -m eval.compare BASE.jsonl ARM.jsonl ARM.jsonl ... [--json FILE] [--markdown FILE.md]
+
+Several files are each compared with the first, as the arms of `eval.infer --arms` are; their p-values are corrected for
+their number (Holm).
 
 Pairs of rows are compared, so that questions which both find easy or hard do not blur the difference: McNemar's exact
 test on the rows where just one is right, and Tango's 95% interval of the difference. Rows of one recording
@@ -23,7 +27,7 @@ from rich.table import Table
 from .benchmarks import labels
 from .predictions import PredictionsError, json_line, write_whole
 from .score import RULES, Graded, Predicted, answer_of, grade_all, load
-from .stats import difference_interval, effective_size, mcnemar
+from .stats import difference_interval, effective_size, holm, mcnemar, wilson
 
 SHOWN = 10  # changed rows on the screen; --rows has all of them
 
@@ -152,7 +156,9 @@ def changed_rows(pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
 @app.command()
 def main(
     before: Annotated[Path, typer.Argument(help="Predictions of eval.infer.")],
-    after: Annotated[Path, typer.Argument(help="Other predictions on the same questions.")],
+    after: Annotated[
+        list[Path], typer.Argument(help="Other predictions on the same questions; several: each with BEFORE.")
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison as JSON.")] = None,
     rows_file: Annotated[Path | None, typer.Option("--rows", help="Write the rows that changed as JSON lines.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the table as Markdown.")] = None,
@@ -161,8 +167,10 @@ def main(
 
     p is McNemar's, exact and two-sided, and not corrected for the number of groups that are looked at.
     """
+    if len(after) > 1:
+        return _compare_arms(before, after, json_file, markdown)
     try:
-        first, second = load(before), load(after)
+        first, second = load(before), load(after[0])
         pairs = pair_up(first, second)
         summary = compare(pairs, first.breakdowns)
         changed = list(changed_rows(pairs))
@@ -172,13 +180,54 @@ def main(
             write_whole(rows_file, map(json_line, changed))
         lines = list(_lines(summary))
         if markdown:
-            write_whole(markdown, _markdown(lines, f"{before} -> {after}"))
+            write_whole(markdown, _markdown(lines, f"{before} -> {after[0]}"))
     except (ValueError, OSError) as error:
         _errors.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
-    _show(lines, changed, f"{before} -> {after}")
+    _show(lines, changed, f"{before} -> {after[0]}")
     if left_out := len(first.rows) + len(second.rows) - 2 * len(pairs):
         _errors.print(f"{left_out} rows are in one of the files only, and left out", markup=False)
+
+
+ARM_HEADINGS = ("rows", "right % (95%)", "difference (95%)", "p, Holm")
+
+
+def _compare_arms(base: Path, arms: Sequence[Path], json_file: Path | None, markdown: Path | None) -> None:
+    """Each of `arms` with `base`, a line each, by the strict rule."""
+    try:
+        first = load(base)
+        found = {}
+        for arm in arms:
+            pairs = [pair for pair in pair_up(first, load(arm)) if pair.verdicts("strict") is not None]
+            if not pairs:
+                raise PredictionsError(f"{arm}: no row has a verdict by the strict rule")
+            found[arm.stem] = _paired(pairs, "strict")
+    except (ValueError, OSError) as error:
+        _errors.print(f"error: {error}", markup=False)
+        raise typer.Exit(1) from None
+    corrected = holm([paired.p for paired in found.values()])
+    one = next(iter(found.values()))
+    lines: dict[str, list[str]] = {base.stem: [str(one.total), _share(one.before, one.total), "", ""]}
+    for (name, arm), p in zip(found.items(), corrected, strict=True):
+        difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (arm.difference, *arm.interval)))
+        lines[name] = [str(arm.total), _share(arm.after, arm.total), difference, f"{p:.2g}"]
+    if json_file:
+        content = {name: asdict(arm) | {"p_holm": p} for (name, arm), p in zip(found.items(), corrected, strict=True)}
+        write_whole(json_file, json.dumps({"base": base.stem, "arms": content}, indent=2) + "\n")
+    if markdown:
+        rows = [f"| | {' | '.join(ARM_HEADINGS)} |", "|---" * (1 + len(ARM_HEADINGS)) + "|"]
+        write_whole(
+            markdown, "\n".join([*rows, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())]) + "\n"
+        )
+    table = Table("", *ARM_HEADINGS, title=f"each against {base}", title_justify="left", box=None)
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    Console(highlight=False).print(table)
+
+
+def _share(share: float, total: int) -> str:
+    low, high = wilson(share * total, total)
+    return f"{100 * share:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 HEADINGS = ("rows", "before %", "after %", "only before", "only after", "difference (95%)", "p")

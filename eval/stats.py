@@ -48,6 +48,15 @@ def wilson(right: float, total: float, effective: float | None = None) -> Interv
     return (0.0 if right == 0 else centre - half), (1.0 if right == total else centre + half)
 
 
+def independent_difference(first: tuple[int, int], second: tuple[int, int]) -> Interval:
+    """The 95% interval of the share of `first` (right, total) minus that of `second`, of rows that are not paired:
+    Newcombe's hybrid score interval (1998, method 10)."""
+    (p1, (low1, high1)), (p2, (low2, high2)) = ((r / n if n else 0.0, wilson(r, n)) for r, n in (first, second))
+    difference = p1 - p2
+    below, above = math.hypot(p1 - low1, high2 - p2), math.hypot(high1 - p1, p2 - low2)
+    return max(-1.0, difference - below), min(1.0, difference + above)
+
+
 def mean_interval(groups: Sequence[tuple[float, Interval]]) -> Interval:
     """The 95% interval of the mean of several independent shares, each with its own interval (MOVER, Zou and Donner
     2008): as wide as the shares' intervals are, where a bootstrap has no width at 0 and at 1."""
@@ -74,6 +83,15 @@ def mcnemar(differences: Sequence[int]) -> float:
         ways = 0.5 * (up + down)
     far = abs(sum(differences))
     return min(1.0, float(ways[middle + far :].sum() + ways[: middle - far + 1].sum())) if far else 1.0
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected by Holm's step-down rule (1979): the chance of one false finding is kept."""
+    order, corrected, largest = sorted(range(len(ps)), key=ps.__getitem__), [0.0] * len(ps), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def difference_interval(only_first: float, only_second: float, total: float) -> Interval:

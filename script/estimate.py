@@ -222,9 +222,14 @@ def sft(model: Model, settings: Settings, rows: int | None) -> Estimate:
     return Estimate("sft", basis, gpu, host, peak, stays, steps)
 
 
-def rl_checkpoint_bytes(model: Model) -> float:
+def rl_trained(model: Model, settings: Settings) -> int:
+    """Parameters that stage 2 trains: the text model, or LoRA's matrices beside it."""
+    return settings.whole("RL_LORA_RANK") * model.lora_width or model.text
+
+
+def rl_checkpoint_bytes(model: Model, trained: int) -> float:
     """verl's FSDP checkpoint: the thinker in float32 and Adam's two moments of what is trained, in shards."""
-    return 4 * model.thinker + 8 * model.text
+    return 4 * model.thinker + 8 * trained
 
 
 def rl_tokens(settings: Settings) -> int:
@@ -241,7 +246,7 @@ def rl(model: Model, settings: Settings, rows: int | None, gpu_total: float) -> 
 
     Host memory of a node: the reference model in float32, which verl keeps there (transformer_impl.py:395), with
     RL_OFFLOAD the trainer's state too, the processes, and the features of a step's clips, three times (TransferQueue,
-    fetched, sent).
+    fetched, sent). With LoRA the reference is the trainer's own model without its adapter.
 
     Steps: verl drops an epoch's last, smaller batch (trainer_base.py:747, 765).
 
@@ -249,17 +254,19 @@ def rl(model: Model, settings: Settings, rows: int | None, gpu_total: float) -> 
     (checkpoint_manager.py:166), so the larger of 2 and RL_KEEP_CHECKPOINTS at the peak; 0 keeps all.
     """
     processes, nodes, offload = settings.processes("rl"), settings.whole("NUM_NODES"), settings.on("RL_OFFLOAD")
-    checkpoint, tokens, batch = rl_checkpoint_bytes(model), rl_tokens(settings), settings.whole("RL_BATCH_SIZE")
+    trained, tokens, batch = rl_trained(model, settings), rl_tokens(settings), settings.whole("RL_BATCH_SIZE")
+    checkpoint = rl_checkpoint_bytes(model, trained)
     features = 3 * batch * settings.whole("RL_GROUP") * FEATURE_BYTES
     gathered = 2 * (model.thinker - model.text) + 2 * 2 * model.vocab_size * model.hidden_size
-    update = (checkpoint + 4 * model.text) / processes + gathered + transient_bytes(model, tokens, settings.cuda)
+    update = (checkpoint + 4 * trained) / processes + gathered + transient_bytes(model, tokens, settings.cuda)
     gpu = None
     if settings.cuda:
         rollout = float(settings["RL_GPU_MEMORY"]) * gpu_total + (0 if offload else checkpoint / processes)
         gpu = max(rollout, update + ASLEEP_BYTES) + ROLLOUT_CONTEXT_BYTES
         small = settings.whole("RL_AGENT_WORKERS") + settings.whole("RL_REWARD_WORKERS")
         host = settings.whole("NUM_GPUS") * RL_HOST_BYTES + small * RL_SMALL_HOST_BYTES / nodes + RL_BASE_HOST_BYTES
-        host += (4 * model.thinker + (checkpoint if offload else 0)) / nodes + features
+        reference = 0 if trained < model.text else 4 * model.thinker
+        host += (reference + (checkpoint if offload else 0)) / nodes + features
     else:  # the reference model, and an engine for each process
         host = RL_CPU_HOST_BYTES + (processes - 1) * CPU_HOST_BYTES
         host += processes * update + (processes + 1) * 4 * model.thinker + features
@@ -267,8 +274,9 @@ def rl(model: Model, settings: Settings, rows: int | None, gpu_total: float) -> 
     if steps is None and rows is not None:
         steps = rows // batch * settings.whole("RL_EPOCHS")
     every, keep = settings.whole("RL_SAVE_FREQ"), settings.whole("RL_KEEP_CHECKPOINTS")
+    keep += settings.whole("RL_KEEP_BEST") if keep else 0
     peak, stays = (num_kept(steps, every, number) * checkpoint for number in (keep and max(keep, 2), keep))
-    basis = f"FSDP over {processes}, {model.thinker / 1e9:.3g} B, {model.text / 1e9:.3g} B trained, "
+    basis = f"FSDP over {processes}, {model.thinker / 1e9:.3g} B, {trained / 1e9:.3g} B trained, "
     basis += f"{tokens:,} tokens at once{f', GPU of {gpu_total / GB:.0f} GB' if settings.cuda else ''}; "
     basis += f"a checkpoint {checkpoint / GB:.3g} GB"
     return Estimate("rl", basis, gpu, host, peak, stays, steps)

@@ -41,6 +41,8 @@ LIMIT=()
 
 for mode in $EVAL_MODES; do
   rows="$OUTPUT_DIR/$mode"
+  arms=()
+  [[ "$mode" != interleaved || -z "$EVAL_ARMS" ]] || arms=(--arms "$EVAL_ARMS")
   run "$PYTHON" -m eval.infer \
     --model "$MODEL" \
     "${SOURCE[@]}" \
@@ -57,9 +59,15 @@ for mode in $EVAL_MODES; do
     --device "$DEVICE" \
     --seed "$SEED" \
     "${LIMIT[@]}" \
+    "${arms[@]}" \
     "$@"
   [[ " $* " != *" --dry-run "* ]] || continue
   run "$PYTHON" -m eval.score "$rows.jsonl" --json "$rows.json" --rows "$rows.verdicts.jsonl"
+  if ((${#arms[@]})); then
+    files=()
+    for arm in $EVAL_ARMS; do files+=("$rows.$arm.jsonl"); done
+    run "$PYTHON" -m eval.compare "$rows.jsonl" "${files[@]}" --markdown "$rows.arms.md"
+  fi
   if ((EVAL_RUNS > 1)); then
     files=("$rows.jsonl")
     for ((seed = SEED + 1; seed < SEED + EVAL_RUNS; seed++)); do files+=("$rows.seed$seed.jsonl"); done

@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import estimate as estimates  # noqa: E402
 from estimate import DTYPE_BYTES, GB, Estimate, Model, ModelError, Settings  # noqa: E402
 
-STAGES = ("data", "sft", "rl", "merge", "infer", "score")
+STAGES = ("data", "sft", "gate", "rl", "merge", "infer", "score")
 SAMPLE_ROWS = 512
 HOLDOUT_SHARE = 0.25  # script/recipe.sh holds out no more of a small set
 SAMPLE_CHARACTERS = 500_000  # a tokenizer takes a second for them; of longer texts fewer rows are looked at
@@ -88,20 +88,22 @@ WORDS = {
     "RL_LR_SCHEDULER": "constant cosine",
     "RL_MODE": MODES,
     "EVAL_MODES": MODES,
+    "EVAL_ARMS": "grounded plain random silent shuffled deaf",
     "STRADDLE": "cut keep",
     "TRACKERS": " ".join(TRACKERS),
+    **dict.fromkeys(("RL_ASYNC", "RL_VAL_ONLY", "RL_KEEP_BEST", "EVAL_BEFORE_RL"), "0 1"),
     "REWARD_PRESET": " ".join(sorted(path.stem for path in ROOT.glob("echo_plugins/rewards/presets/*.yaml"))),
 }
 BOOLEANS: dict[str, str] = dict.fromkeys(("true", "false"), "true false")
 BOOLEANS |= dict.fromkeys(("True", "False"), "True False true false")
 OR_FILE = {"SFT_DEEPSPEED": (".json",), "REWARD_PRESET": (".yaml", ".yml")}
-SEVERAL = {"EVAL_MODES": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
-CHECKED_ELSEWHERE = ("SFT_MODE", "RL_LOSS", "RL_ARGS", "BENCHMARKS")
+SEVERAL = {"EVAL_MODES": r"\S+", "EVAL_ARMS": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
+CHECKED_ELSEWHERE = ("SFT_MODE", "RL_LOSS", "RL_LORA_TARGETS", "RL_ARGS", "BENCHMARKS")
 # The other settings are numbers: whole ones from 1 where the default is whole or empty, otherwise any above 0.
-DECIMAL = "SFT_EPOCHS SFT_LORA_ALPHA RL_ENTROPY RL_TIMEOUT RL_TIS RL_VAL_TEMPERATURE TRAJECTORY_MEGABYTES"
+DECIMAL = "SFT_EPOCHS SFT_LORA_ALPHA RL_LORA_ALPHA RL_ENTROPY RL_TIMEOUT RL_TIS RL_VAL_TEMPERATURE TRAJECTORY_MEGABYTES"
 FROM_0 = """NUM_GPUS SEED MAX_SEGMENTS RL_HOLDOUT EVAL_HOLDOUT SFT_WORKERS RL_KEEP_CHECKPOINTS TRAJECTORY_ROWS RL_KL
 EVAL_FORCE_ANSWER_TOKENS EVAL_TEMPERATURE RL_VAL_TEMPERATURE SFT_WEIGHT_DECAY RL_WEIGHT_DECAY SFT_WARMUP_RATIO
-RL_CLIP_LOW RL_CLIP_HIGH RL_ENTROPY RL_MAX_FAILED"""
+RL_CLIP_LOW RL_CLIP_HIGH RL_ENTROPY RL_MAX_FAILED RL_LORA_RANK"""
 LOWEST = {"SFT_MAX_STEPS": -1, "RL_WARMUP_STEPS": -1, "RL_TEST_FREQ": -1, "RL_GROUP": 2}
 LOWEST |= dict.fromkeys(FROM_0.split(), 0)
 UP_TO_1 = ("SFT_WARMUP_RATIO", "RL_GPU_MEMORY", "RL_MAX_FAILED", "EVAL_TOP_P")
@@ -191,6 +193,8 @@ def combinations(settings: Settings, stages: Sequence[str]) -> Problems:
     if "sft" in stages and settings.cuda and not copied:
         text = f"SFT_DTYPE={dtype} without DeepSpeed has no float32 copy of the weights: most updates are rounded away"
         yield Problem(text, "Use SFT_DEEPSPEED=zero2 (or zero3), SFT_DTYPE=float32, or SFT_TUNER=lora.")
+    if "rl" in stages and settings["RL_KEEP_BEST"] == "1" and settings.whole("RL_TEST_FREQ") < 1:
+        yield Problem("RL_KEEP_BEST=1 without a validation (RL_TEST_FREQ)", "Set RL_TEST_FREQ to RL_SAVE_FREQ.")
     longest = settings.whole("RL_MAX_PROMPT") + settings.whole("RL_MAX_RESPONSE")
     if "rl" in stages and estimates.rl_tokens(settings) < longest:  # verl asserts it: seqlen_balancing.py:384
         text = f"RL_TOKENS_PER_GPU is {estimates.rl_tokens(settings)}, less than RL_MAX_PROMPT + RL_MAX_RESPONSE = "

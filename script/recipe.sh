@@ -7,7 +7,7 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-STAGES=(data sft rl merge infer score)
+STAGES=(data sft gate rl merge infer score)
 RECIPE="$(basename "$(dirname "$(realpath "$0")")")"
 RECIPE_DIR="$ROOT/recipes/$RECIPE"
 : "${RUN_DIR:=$ROOT/runs/$RECIPE}"
@@ -23,6 +23,7 @@ DATA_DIR="$RUN_DIR/data"
 SFT_DIR="$RUN_DIR/sft"
 RL_DIR="$RUN_DIR/rl"
 MERGED_DIR="$RUN_DIR/merged"
+GATE_DIR="$RUN_DIR/gate"  # scores of the model that RL starts from
 EVAL_DIR="$RUN_DIR/eval"
 WORDS=()
 WORDS_TEXT=''
@@ -122,6 +123,16 @@ stage_sft() {
     bash "$ROOT/script/stage1_ground_reason.sh" "${WORDS[@]}"
 }
 
+# Before RL costs anything: what the model of stage 1 scores, and whether RL can gain by listening elsewhere.
+stage_gate() {
+  [[ "$EVAL_BEFORE_RL" == 1 ]] || return 0
+  local options=(--after data) rows
+  if [[ "$(rl_base)" == "$SFT_DIR/last" ]]; then options+=(--after sft); fi
+  stage gate --output "$GATE_DIR" "${options[@]}" --learned WORDS_TEXT -- infer "$(rl_base)" "$GATE_DIR"
+  rows="$GATE_DIR/$(basename "$eval_audio_qa" .jsonl)/interleaved.jsonl"
+  [[ "$DRY_RUN" == 1 || ! -e "$rows" ]] || "$PYTHON" -m eval.grounding "$rows" >&2 || true  # data without events
+}
+
 stage_rl() {
   local options=(--after data) file
   if [[ "$(rl_base)" == "$SFT_DIR/last" ]]; then
@@ -141,9 +152,11 @@ stage_rl() {
 }
 
 stage_merge() {
-  stage merge --output "$MERGED_DIR" --after rl --learned WORDS_TEXT -- \
+  local best=()
+  ((RL_KEEP_BEST == 0)) || best=(--best)
+  stage merge --output "$MERGED_DIR" --after rl --learned WORDS_TEXT --learned RL_KEEP_BEST -- \
     env CHECKPOINT="$RL_DIR" BASE_MODEL="$(rl_base)" OUTPUT_DIR="$MERGED_DIR" \
-    bash "$ROOT/script/merge.sh" -- "${WORDS[@]}"
+    bash "$ROOT/script/merge.sh" -- "${best[@]}" "${WORDS[@]}"
 }
 
 stage_infer() {
@@ -153,20 +166,21 @@ stage_infer() {
   elif [[ -n "$eval_audio_qa" ]]; then
     options+=(--input "EVAL_AUDIO_QA=$eval_audio_qa")
   fi
-  stage infer --output "$EVAL_DIR" --after merge "${options[@]}" --learned WORDS_TEXT -- infer
+  stage infer --output "$EVAL_DIR" --after merge "${options[@]}" --learned WORDS_TEXT -- infer "$MERGED_DIR" "$EVAL_DIR"
 }
 
+# infer MODEL DIR
 infer() {
-  local name
+  local name model="$1" folder="$2"
   if [[ -n "$eval_audio_qa" ]]; then
     name="$(basename "$eval_audio_qa" .jsonl)"
-    env MODEL="$MERGED_DIR" AUDIO_QA="$eval_audio_qa" AUDIO_ROOT="$audio_root" OUTPUT_DIR="$EVAL_DIR/$name" \
+    env MODEL="$model" AUDIO_QA="$eval_audio_qa" AUDIO_ROOT="$audio_root" OUTPUT_DIR="$folder/$name" \
       bash "$ROOT/script/inference.sh" "${WORDS[@]}"
   fi
   for name in $BENCHMARKS; do
     : "${BENCHMARK_ROOT:?is not set: the folder that holds a folder for each of $BENCHMARKS}"
-    env -u AUDIO_QA MODEL="$MERGED_DIR" BENCHMARK="$name" BENCHMARK_ROOT="$BENCHMARK_ROOT/$name" \
-      OUTPUT_DIR="$EVAL_DIR/$name" bash "$ROOT/script/inference.sh" "${WORDS[@]}"
+    env -u AUDIO_QA MODEL="$model" BENCHMARK="$name" BENCHMARK_ROOT="$BENCHMARK_ROOT/$name" \
+      OUTPUT_DIR="$folder/$name" bash "$ROOT/script/inference.sh" "${WORDS[@]}"
   done
 }
 

@@ -65,6 +65,7 @@ data=(
 algorithm=(
   algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False critic.enable=False
   algorithm.norm_adv_by_std_in_grpo="$RL_NORM_ADV" algorithm.filter_groups.enable="$RL_FILTER_GROUPS"
+  algorithm.filter_groups.metric=filter +echo.max_gen_batches="$RL_MAX_GEN_BATCHES"
   algorithm.rollout_correction.bypass_mode="$RL_BYPASS"
 )
 [[ -z "$RL_TIS" ]] || algorithm+=(
@@ -73,6 +74,12 @@ algorithm=(
 model=(
   actor_rollout_ref.model.path="$(hydra_string "$MODEL")" actor_rollout_ref.model.use_remove_padding=True
   +actor_rollout_ref.model.override_config.attn_implementation="$RL_ATTENTION"
+)
+# LoRA: the language model's layers alone, as the towers are frozen. The engine gets the merged weights, since vLLM takes
+# no adapters for some of these models; the reference is the model without its adapter.
+((RL_LORA_RANK == 0)) || model+=(
+  actor_rollout_ref.model.lora_rank="$RL_LORA_RANK" actor_rollout_ref.model.lora_alpha="$RL_LORA_ALPHA"
+  actor_rollout_ref.model.target_modules="'$RL_LORA_TARGETS'" actor_rollout_ref.model.lora.merge=True
 )
 actor=(
   actor_rollout_ref.actor.strategy=fsdp2
@@ -118,6 +125,7 @@ rollout=(
   "+actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt={audio: $((MAX_SEGMENTS + 1)), image: 0, video: 0}"
   +echo.mode="$RL_MODE" +echo.max_segments="$MAX_SEGMENTS" +echo.min_segment_seconds="$MIN_SEGMENT_SECONDS"
   +echo.straddle="$STRADDLE" +echo.rollout_timeout_seconds="$RL_TIMEOUT" +echo.max_failed_share="$RL_MAX_FAILED"
+  +echo.keep_best="$RL_KEEP_BEST"
 )
 reward=(
   reward.num_workers="$RL_REWARD_WORKERS" reward.reward_manager.source=importlib
@@ -126,11 +134,12 @@ reward=(
   +reward.reward_kwargs.preset="$(hydra_string "$REWARD_PRESET")"
 )
 trainer=(
-  trainer.v1.trainer_mode=echo_sync trainer.nnodes="$NUM_NODES" trainer.n_gpus_per_node="$NUM_GPUS"
+  trainer.v1.trainer_mode="$( ((RL_ASYNC)) && echo echo_async || echo echo_sync)" trainer.nnodes="$NUM_NODES" trainer.n_gpus_per_node="$NUM_GPUS"
   trainer.project_name=echo trainer.experiment_name="$(hydra_string "$(basename "$(dirname "$OUTPUT_DIR")")")"
   trainer.total_epochs="${RL_STEPS:-$RL_EPOCHS}" trainer.total_training_steps="${RL_STEPS:-null}"
   trainer.save_freq="$RL_SAVE_FREQ" trainer.test_freq="$RL_TEST_FREQ"
-  trainer.val_before_train="$([[ "$RL_TEST_FREQ" -gt 0 ]] && echo True || echo False)"
+  trainer.val_before_train="$([[ "$RL_TEST_FREQ" -gt 0 || "$RL_VAL_ONLY" == 1 ]] && echo True || echo False)"
+  trainer.val_only="$( ((RL_VAL_ONLY)) && echo True || echo False)"
   trainer.max_actor_ckpt_to_keep="$( ((RL_KEEP_CHECKPOINTS > 0)) && echo "$RL_KEEP_CHECKPOINTS" || echo null)" trainer.resume_mode=auto
   trainer.default_local_dir="$(hydra_string "$OUTPUT_DIR")" "trainer.logger=[$LOGGERS]"
   trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"

@@ -112,7 +112,7 @@ def scores(predictions: Path) -> Scores:
     totals = json.loads(predictions.with_suffix(".json").read_text())
     rows = list(json_lines(predictions))
     return Scores(
-        name=predictions.parent.name,
+        name=predictions.parent.name + (" before RL" if predictions.parent.parent.name == "gate" else ""),
         mode=predictions.stem,
         total=totals["total"],
         unanswered=totals["unanswered"],
@@ -167,7 +167,11 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path, help="the RUN_DIR of a recipe, after its score stage")
     run_dir = parser.parse_args().run_dir.resolve()
     found = [
-        path for mode in MODES for path in run_dir.glob(f"eval/*/{mode}.jsonl") if path.with_suffix(".json").exists()
+        path
+        for folder in ("gate", "eval")
+        for mode in MODES
+        for path in run_dir.glob(f"{folder}/*/{mode}.jsonl")
+        if path.with_suffix(".json").exists()
     ]
     if not found:
         print(
@@ -176,7 +180,7 @@ def main() -> int:
         )
         return 1
     stages = stage_summaries(run_dir)
-    results = [scores(path) for path in sorted(found, key=lambda path: path.parent.name)]
+    results = [scores(path) for path in sorted(found, key=lambda path: path.parent.name)]  # before RL first
     summary = {"stages": [asdict(stage) for stage in stages], "scores": [asdict(result) for result in results]}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(run_dir, stages, results)

@@ -255,7 +255,7 @@ class Infer(Stage):
         return f"{self.mode}: {self.done} of {self.total} rows"
 
 
-STAGES = {"sft": Sft, "rl": Rl, "infer": Infer}
+STAGES = {"sft": Sft, "rl": Rl, "gate": Infer, "infer": Infer}
 
 
 class Watch:

@@ -232,7 +232,8 @@ def settings_from(config: Any) -> tuple[Settings, float]:
     section = dict(config.get("echo") or {})
     mode = section.pop("mode", "interleaved")
     timeout_seconds = float(section.pop("rollout_timeout_seconds", ROLLOUT_TIMEOUT_SECONDS))
-    section.pop("max_failed_share", None)  # the trainer's
+    for of_the_trainer in ("max_failed_share", "max_gen_batches", "keep_best"):
+        section.pop(of_the_trainer, None)
     settings = Settings(
         max_response_tokens=config.actor_rollout_ref.rollout.response_length,
         max_segments=int(section.pop("max_segments", MAX_SEGMENTS)),

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from tqdm import tqdm
 
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"  # trainer.py writes it
 INDEX = "model.safetensors.index.json"
 REPORT = "echo_merge.json"  # marks a directory as ours to replace
 THINKER = "thinker."
@@ -45,14 +46,16 @@ class MergeError(Exception):
     """What cannot be merged, why, and what to do about it."""
 
 
-def find_actor(checkpoint: Path) -> Path:
-    """The actor's directory of a run (its latest checkpoint), of a `global_step_N`, or the directory itself.
+def find_actor(checkpoint: Path, best: bool = False) -> Path:
+    """The actor of a run (its latest or its best checkpoint) or of a `global_step_N`, or the directory itself.
 
     Raises MergeError when there is none.
     """
     if not checkpoint.is_dir():
         raise MergeError(f"{checkpoint} is not a directory; give a run of stage 2 or one of its global_step_N")
-    latest = checkpoint / LATEST
+    latest = checkpoint / (BEST if best else LATEST)
+    if best and not latest.is_file():
+        raise MergeError(f"{checkpoint} has no {BEST}: RL_KEEP_BEST was not set, or no checkpoint was validated")
     if latest.is_file():
         step = latest.read_text().strip()
         if not step.isdecimal():
@@ -92,15 +95,28 @@ class ActorState:
             if state.keys() != self._keys:
                 key = sorted(state.keys() ^ self._keys)[0]
                 raise MergeError(f"{path} has not the tensors of rank 0 (first: {key}); the ranks are not of one save")
-        adapters = sorted(key for key in self._keys if "lora_" in key)
-        if adapters:
-            raise MergeError(f"{actor} holds a LoRA adapter ({adapters[0]}); only full checkpoints can be merged here")
+        # PEFT's names by the model's own: `base_model.model.X.base_layer.weight`, with X.lora_A and X.lora_B beside it.
+        self._names = {own_name(key): key for key in self._keys if "lora_" not in key}
+        self._scaling = 0.0
+        if any("lora_" in key for key in self._keys):
+            adapter = _read_json(actor / "lora_train_meta.json")
+            self._scaling = adapter["lora_alpha"] / adapter["r"]
 
     def keys(self) -> set[str]:
-        return set(self._keys)
+        return set(self._names)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The whole tensor, in the dtype it was trained in. Raises MergeError when its shards do not make one."""
+        """The whole tensor, in the dtype it was trained in, with its adapter merged: W + alpha / r * B A (LoRA, arXiv
+        2106.09685, section 4.1). Raises MergeError when its shards do not make one."""
+        stored = self._names[key]
+        whole = self._whole(stored)
+        down = stored.replace("base_layer.weight", "lora_A.default.weight")
+        if down == stored or down not in self._keys:
+            return whole
+        up = self._whole(down.replace("lora_A", "lora_B")).float() @ self._whole(down).float()
+        return (whole.float() + self._scaling * up).to(whole.dtype)
+
+    def _whole(self, key: str) -> torch.Tensor:
         parts = [state[key] for state in self._ranks]
         first = parts[0]
         if not isinstance(first, DTensor):
@@ -118,6 +134,11 @@ class ActorState:
         if whole.shape != first.shape:
             raise MergeError(f"{self._actor}: the shards of {key} make {tuple(whole.shape)}, not {tuple(first.shape)}")
         return whole
+
+
+def own_name(key: str) -> str:
+    """A tensor's name in the model, from the one that PEFT gives it."""
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _load_rank(path: Path) -> dict[str, torch.Tensor]:
@@ -186,13 +207,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def merge(checkpoint: Path, base_path: Path, output: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def merge(
+    checkpoint: Path, base_path: Path, output: Path, dtype: torch.dtype | None = None, best: bool = False
+) -> dict[str, Any]:
     """Write `output`, whole or not at all, and return the report that is also kept in it.
 
     `dtype` is for the trained tensors; None keeps each as it is in the base. Raises MergeError; `output` is then as it
     was before.
     """
-    actor = find_actor(checkpoint)
+    actor = find_actor(checkpoint, best)
     base = BaseModel(base_path)
     state = ActorState(actor)
     trained = {key for key in base.keys if key.startswith(THINKER)}
@@ -319,12 +342,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a run of stage 2 (its latest step) or one of its global_step_N")
     parser.add_argument("--base", type=Path, required=True, help="the model that the run was trained from")
     parser.add_argument("--output", type=Path, required=True, help="directory to write; an earlier merge is replaced")
+    parser.add_argument("--best", action="store_true", help="of a run, the checkpoint of its best validation")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the thinker (default: as it is in the base)")
     args = parser.parse_args(argv)
     # One warning a rank file, that meshes come without process groups: none is needed to read them.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     try:
-        report = merge(args.checkpoint, args.base, args.output, DTYPES.get(args.dtype))
+        report = merge(args.checkpoint, args.base, args.output, DTYPES.get(args.dtype), args.best)
     except MergeError as error:
         print(f"merge: error: {error}", file=sys.stderr)
         return 1

@@ -103,6 +103,11 @@ class ThinkerOnly(PreTrainedModel):
             output.logits.index_fill_(-1, self.banned_index, BANNED_LOGIT)
         return output
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT asks every causal model for it (peft_model.py, PeftModelForCausalLM)."""
+        thinker: Any = self.thinker
+        return thinker.prepare_inputs_for_generation(*args, **kwargs)
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.thinker.get_input_embeddings()
 

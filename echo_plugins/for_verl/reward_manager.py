@@ -43,8 +43,8 @@ def preset_from_config(config: DictConfig) -> Preset:
 
 class EchoRewardManager(RewardManagerBase):
     """Scores one rollout. `reward_extra_info` has the same keys in every row: `acc`, `failed`, `term_errors`,
-    `term_missing` and `reward_NAME` for each term of the preset, weighted; and two texts, which verl's averages pass
-    over: `problems`, what was wrong with which term as JSON, and `audio`, the path of the row's clip."""
+    `term_missing` and `reward_NAME` for each term of the preset, weighted; and texts, which verl's averages pass
+    over: `problems`, what was wrong with which term as JSON, `audio`, the path of the row's clip, and `filter`."""
 
     def __init__(self, config: DictConfig, tokenizer: Any, compute_score: Any, **_unused: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
@@ -73,6 +73,9 @@ class EchoRewardManager(RewardManagerBase):
                 **{f"reward_{name}": value for name, value in scored.components.items()},
                 "problems": json.dumps(scored.errors | scored.missing, ensure_ascii=False),
                 "audio": audio_path(row.get("raw_prompt", ())),
+                # What the filter of groups compares (RL_FILTER_GROUPS). A failed rollout is unlike all others, so that
+                # a group of failures is counted as such, and not replaced for ever.
+                "filter": "nan" if record.failed else str(scored.score),
             },
         }
 

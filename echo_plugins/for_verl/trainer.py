@@ -1,4 +1,5 @@
-"""verl's synchronous trainer, and in its log what re-listening did: `trainer.v1.trainer_mode=echo_sync`.
+"""verl's trainers, and in their log what re-listening did: `trainer.v1.trainer_mode=echo_sync`, or `echo_async`, which
+generates the next step's rollouts while it updates on this one's (verl's colocate_async).
 
 verl 0.9.1 logs the parts of a reward only in validation (trainer_base.py:1126), and of `extra_fields` nothing. Here
 each step also logs, as means over its trajectories (padding left out):
@@ -10,6 +11,7 @@ each step also logs, as means over its trajectories (padding left out):
     tokens/{sampled,observation,cached}  a trajectory
     stop/{answered,length,error}         share of trajectories
     failed/{share,timeout,audio,prompt,engine}   share of trajectories that failed, and by what
+    failed/lost                          share that never came back: an error outside the rollout, in verl's own log
     groups/{equal,dropped}               share of questions whose rollouts score the same; whose rollouts failed
     segments/hit                         share of inserted clips that meet an event (intersection over union > 0.5)
     training/rollout_probs_diff_{mean,max}   verl's own: |rollout - actor| probability of the sampled tokens
@@ -37,19 +39,22 @@ import numpy as np
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
-from ..relisten.segment import Refusal, Segment, overlap_ratio, union_seconds
+from ..relisten.segment import Refusal, Segment, iou, overlap_ratio
 from ..relisten.trajectory import Attempt, StopReason
 from .engine_watch import EngineWatch, end_the_process, note_failure, one_line
+from .merge import BEST, LATEST
 from .reward_manager import preset_from_config
 
 _log = logging.getLogger(__name__)
 
 CHECKPOINT = "global_step_"
 MAX_FAILED_SHARE = 0.5
+MAX_GEN_BATCHES = 10
 FLAT_STEPS = 3  # in a row without any difference within a group: nothing is learned, and a warning says so
 HIT_IOU = 0.5
 POLL_SECONDS = 0.2  # verl's 2 s between looks at the rollouts is half of a step of the tiny model
@@ -80,15 +85,20 @@ class LogSettings:
         return settings
 
 
-@register_trainer("echo_sync")
-class EchoTrainer(PPOTrainerSync):
-    """PPOTrainerSync, and the log."""
+class EchoTrainer(PPOTrainer):
+    """What Echo adds to verl's trainers: the log, failed rollouts left out, checkpoints kept within their number."""
+
+    verl_mode: str  # the name of verl's own trainer, which its base class compares the mode with
 
     def __init__(self, config: Any) -> None:
         """Raises PresetError and ValueError, for what is wrong with the reward or the log, before anything starts."""
         preset_from_config(config)
         refuse_what_omni_models_cannot_take(config)
-        self.max_failed_share = float((config.get("echo") or {}).get("max_failed_share", MAX_FAILED_SHARE))
+        echo = config.get("echo") or {}
+        self.max_failed_share = float(echo.get("max_failed_share", MAX_FAILED_SHARE))
+        self.max_gen_batches = int(echo.get("max_gen_batches", MAX_GEN_BATCHES))
+        self.keep_best = bool(echo.get("keep_best", 0))
+        self.refilled: Counter[int] = Counter()  # questions that replace filtered ones, a step
         self.failed_rows: list[dict[str, Any]] = []  # of this step, for its log
         self.failed_fields: list[dict[str, Any]] = []
         self.dropped_groups = self.flat_steps = 0
@@ -97,11 +107,37 @@ class EchoTrainer(PPOTrainerSync):
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         # The base class compares this with the literal "sync" in six places (trainer_base.py:153, 731, 902, ...), and
-        # takes any other name for an asynchronous trainer.
-        self.trainer_mode = "sync"
+        # reads the settings of the mode under this name.
+        self.trainer_mode = self.verl_mode
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
         return buffer
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        mode = (self.config.get("echo") or {}).get("mode", "interleaved")
+        datasets: tuple[Any, ...] = (self.train_dataset, self.val_dataset)
+        for dataset in datasets:
+            made_for = {(info or {}).get("mode") or mode for info in dataset.dataframe["extra_info"]} - {mode}
+            if made_for:
+                raise ValueError(
+                    f"the prompts of {list(dataset.data_files)} are of mode {sorted(made_for)}, and echo.mode is "
+                    f"{mode!r}: give the RL_MODE that the rows were made for, or make them anew with "
+                    "converters.rl_parquet --mode"
+                )
+
+    def _add_prompts_to_generate(self, num_prompts: int) -> int:
+        """verl's, which replaces filtered questions for as long as there are any. Raises RuntimeError where a step
+        wants more than `echo.max_gen_batches` batches of them."""
+        if self.replay_buffer.filter_groups_metric is not None and self.global_steps:
+            self.refilled[self.global_steps] += num_prompts
+            if self.refilled[self.global_steps] > self.max_gen_batches * self.config.data.train_batch_size:
+                raise RuntimeError(
+                    f"step {self.global_steps}: after {self.max_gen_batches} batches of questions "
+                    "(RL_MAX_GEN_BATCHES) too few have rollouts that score differently. Use other questions (not "
+                    "always right or wrong), more rollouts (RL_GROUP), or leave RL_FILTER_GROUPS out"
+                )
+        return super()._add_prompts_to_generate(num_prompts)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """verl's, watched: a rollout server that dies ends the run with its cause."""
@@ -132,7 +168,9 @@ class EchoTrainer(PPOTrainerSync):
         """`room_for`: so many more are about to be written. One whole checkpoint is always left."""
         keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
         if keep:
-            prune_checkpoints(Path(self.config.trainer.default_local_dir), max(1, keep - room_for), torn)
+            folder = Path(self.config.trainer.default_local_dir)
+            best = read_step(folder / BEST) if self.keep_best else None
+            prune_checkpoints(folder, max(1, keep - room_for), torn, {best} if best is not None else set())
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
         """verl calls this first with a step's rollouts. Those that failed leave their groups here: a score of 0 that no
@@ -161,6 +199,13 @@ class EchoTrainer(PPOTrainerSync):
                 f"more than echo.max_failed_share={self.max_failed_share:g} (RL_MAX_FAILED). The last one: "
                 f"{[error for error in errors if error is not None][-1]}"
             )
+        lost = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n - len(errors)
+        if self.verl_mode == "sync" and lost > self.max_failed_share * (lost + len(errors)):
+            raise RuntimeError(
+                f"step {self.global_steps}: {lost} of its {lost + len(errors)} rollouts did not come back, more than "
+                f"echo.max_failed_share={self.max_failed_share:g} (RL_MAX_FAILED). The log says `Error in _run_prompt`"
+            )
+        metrics["failed/lost"] = max(0, lost) / (lost + len(errors)) if self.verl_mode == "sync" else 0.0
         batch = self._without_failures(batch, trajectories)
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
@@ -231,6 +276,8 @@ class EchoTrainer(PPOTrainerSync):
             self.replay_buffer.sample = sample
         if folder:
             self._write_trajectories(folder, rows)
+        if self.keep_best:
+            note_best(Path(self.config.trainer.default_local_dir), self.global_steps, metrics)
         return metrics
 
     def _dump_generations(self, *args: Any, **kwargs: Any) -> None:
@@ -261,20 +308,63 @@ class EchoTrainer(PPOTrainerSync):
             _log.warning("== %s: %d trajectories are left out (echo_log.megabytes)", path, left_out)
 
 
-def prune_checkpoints(folder: Path, keep: int | None, torn: bool = False) -> list[int]:
-    """Delete the checkpoints in `folder` that are older than the newest `keep`, and return their steps.
+@register_trainer("echo_sync")
+class EchoSyncTrainer(EchoTrainer, PPOTrainerSync):
+    """A step is generated, and then learned."""
+
+    verl_mode = "sync"
+
+
+@register_trainer("echo_async")
+class EchoAsyncTrainer(EchoTrainer, PPOTrainerColocateAsync):
+    """The next step is begun before this one is learned. A rollout that a new version of the weights interrupts goes on
+    with them from where it was."""
+
+    verl_mode = "colocate_async"
+
+
+def read_step(file: Path) -> int | None:
+    """The step that a file such as latest_checkpointed_iteration.txt names."""
+    text = file.read_text() if file.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
+def note_best(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Name `step` in `folder`/best_checkpointed_iteration.txt where it has a checkpoint and its validation is the best
+    so far: the mean over data sets of `val-core/NAME/acc/...`. best_validation.json holds step and value."""
+    values = [value for name, value in metrics.items() if name.startswith("val-core/") and "/acc/" in name]
+    if not values or not (folder / f"{CHECKPOINT}{step}").is_dir():
+        return
+    value, record = float(np.mean(values)), folder / "best_validation.json"
+    if record.is_file() and json.loads(record.read_text())["acc"] >= value:
+        return
+    write_whole(record, json.dumps({"step": step, "acc": value}))
+    write_whole(folder / BEST, str(step))
+
+
+def write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def prune_checkpoints(
+    folder: Path, keep: int | None, torn: bool = False, spared: Collection[int] = frozenset()
+) -> list[int]:
+    """Delete the checkpoints in `folder` that are older than the newest `keep`, but for `spared`. Returns their steps.
 
     verl knows only those that it has written since it started (checkpoint_manager.py: previous_saved_paths), so each
     start would leave some for ever. `torn`: also delete what is newer than the last whole checkpoint, which a kill left
     half-written. Nothing is deleted where `keep` is None or 0, or where no whole checkpoint is named.
     """
-    tracker = folder / "latest_checkpointed_iteration.txt"  # verl writes it after all ranks have saved
-    last = int(tracker.read_text()) if tracker.is_file() else None
+    last = read_step(folder / LATEST)  # verl writes it after all ranks have saved
     found = {int(path.name.removeprefix(CHECKPOINT)): path for path in folder.glob(f"{CHECKPOINT}[0-9]*")}
     if not keep or keep < 0 or last not in found:
         return []
     whole = sorted(step for step in found if step <= last)
-    unwanted = whole[:-keep] + (sorted(found.keys() - set(whole)) if torn else [])
+    unwanted = [step for step in whole[:-keep] if step not in spared] + (
+        sorted(found.keys() - set(whole)) if torn else []
+    )
     freed = sum(file.stat().st_size for step in unwanted for file in found[step].rglob("*") if file.is_file())
     for step in unwanted:
         found[step].rename(folder / f".deleted_{step}")  # a half-deleted folder must not look like a checkpoint
@@ -379,12 +469,6 @@ def hit_metrics(
     ]
     has_events = any(labelled is not None and len(labelled) for labelled in events)
     return {"segments/hit": sum(hits) / len(hits) if hits else 0.0} if has_events else {}
-
-
-def iou(one: Segment, other: Segment) -> float:
-    """Intersection over union of two spans of time."""
-    union = union_seconds([one, other])
-    return (one.duration_seconds + other.duration_seconds - union) / union if union else 0.0
 
 
 def refuse_what_omni_models_cannot_take(config: Any) -> None:

@@ -116,6 +116,12 @@ def union_seconds(segments: Sequence[Segment]) -> float:
     return total
 
 
+def iou(one: Segment, other: Segment) -> float:
+    """Intersection over union of two spans of time, from 0 to 1."""
+    union = union_seconds([one, other])
+    return (one.duration_seconds + other.duration_seconds - union) / union if union else 0.0
+
+
 def overlap_ratio(segments: Sequence[Segment]) -> float:
     """1 - union / sum of durations: 0 when nothing is heard twice, towards 1 as the same seconds are named again."""
     total = sum(segment.duration_seconds for segment in segments)

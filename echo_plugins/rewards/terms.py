@@ -170,13 +170,14 @@ def grounding(record: Record, *, about: Literal["mentioned", "all"] = "mentioned
     if not record.events:
         raise MissingInformation("the row has no events")
     said = f"{record.question} {record.ground_truth}"
-    mentioned = [event for event in record.events if _mentions(said, event.label)]
+    mentioned = [event for event in record.events if mentions(said, event.label)]
     events = record.events if about == "all" or not mentioned else mentioned
     union = union_seconds([*record.named, *events])
     return (union_seconds(record.named) + union_seconds(events) - union) / union if union else 0.0
 
 
-def _mentions(text: str, label: str) -> bool:
+def mentions(text: str, label: str) -> bool:
+    """Whether `text` has the label as whole words, in any case."""
     return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text, re.IGNORECASE) is not None
 
 

@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../script/recipe.sh"
 
 RECIPE_SETTINGS=(
-  DATA_SFT_ROWS DATA_RL_ROWS DATA_VAL_ROWS DATA_TEST_ROWS
+  DATA_SFT_ROWS DATA_RL_ROWS DATA_VAL_ROWS DATA_TEST_ROWS DATA_HABIT
   TINY_HIDDEN_SIZE TINY_LAYERS TINY_AUDIO_HIDDEN_SIZE TINY_AUDIO_LAYERS
 )
 if [[ -z "$rl_audio_qa" ]]; then
@@ -20,7 +20,7 @@ fi
 # Each piece is written whole or not at all, so one that is there after a kill need not be made again.
 make_audio_qa() {
   if [[ "$audio_root" == "$DATA_DIR"/* && ! -d "$audio_root" ]]; then
-    run "$PYTHON" "$RECIPE_DIR/soundscapes.py" --output "$audio_root" --seed "$SEED" \
+    run "$PYTHON" "$RECIPE_DIR/soundscapes.py" --output "$audio_root" --seed "$SEED" --habit "$DATA_HABIT" \
       --sft-rows "$DATA_SFT_ROWS" --rl-rows "$DATA_RL_ROWS" --val-rows "$DATA_VAL_ROWS" --test-rows "$DATA_TEST_ROWS"
   fi
 }

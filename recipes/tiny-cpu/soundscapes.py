@@ -195,8 +195,12 @@ def render(
     return np.clip(waveform, -1, 1)
 
 
-def ask(sounds: tuple[Sound, ...], rng: np.random.Generator) -> list[Question]:
-    """Every question about the clip, each once."""
+def ask(sounds: tuple[Sound, ...], rng: np.random.Generator, habit: float = 0.0) -> list[Question]:
+    """Every question about the clip, each once.
+
+    With probability `habit` a question about a later sound is answered from the first: the reasoning names the first
+    sound's segment, says truly what is heard there, and answers with it. The ear is right, the place is not.
+    """
 
     def choices(answer: str, wrong: list[str]) -> tuple[str, ...]:
         return tuple(str(choice) for choice in rng.permutation([answer, *wrong[:3]]))
@@ -208,12 +212,13 @@ def ask(sounds: tuple[Sound, ...], rng: np.random.Generator) -> list[Question]:
         return [*map(str, rng.permutation(heard)), *map(str, rng.permutation(absent))]
 
     questions = []
-    for index, sound in enumerate(sounds):
+    for index, right in enumerate(sounds):
+        sound = sounds[0] if rng.random() < habit else right
         questions.append(
             Question(
                 "order",
                 f"Which sound comes {ORDINALS[index]}?",
-                choices(sound.label, other_labels(sound.label)),
+                choices(right.label, other_labels(right.label)),
                 sound.label,
                 f"In {sound.tag} there is {sound.heard}.",
             )
@@ -224,17 +229,17 @@ def ask(sounds: tuple[Sound, ...], rng: np.random.Generator) -> list[Question]:
                 Question(
                     "next",
                     f"Which sound comes right after the {before.label}?",
-                    choices(sound.label, other_labels(sound.label)),
+                    choices(right.label, other_labels(right.label)),
                     sound.label,
                     f"In {before.tag} there is {before.heard}. Then in {sound.tag} there is {sound.heard}.",
                 )
             )
-        if sound.label != SPEECH:
+        if SPEECH not in (right.label, sound.label):
             answer = NUMBERS[sound.times - 1]
             questions.append(
                 Question(
                     "times",
-                    f"How often is the {sound.label} heard?",
+                    f"How often is the {right.label} heard?",
                     choices(answer, [number for number in NUMBERS if number != answer]),
                     answer,
                     f"In {sound.tag} there is {sound.heard}.",
@@ -255,24 +260,33 @@ def ask(sounds: tuple[Sound, ...], rng: np.random.Generator) -> list[Question]:
 
 @dataclass(frozen=True)
 class Split:
-    """One file of rows. `phases` are (share of the rows, sounds a clip), in the order of the file."""
+    """One file of rows. `phases` are (share of the rows, sounds a clip), in the order of the file. The last of several
+    has the habit of `ask`. `kinds` are the questions that are asked, all where there are none."""
 
     name: str
     phases: tuple[tuple[float, tuple[int, ...]], ...]
     questions_per_clip: int
     training: bool
+    kinds: tuple[str, ...] = ()
 
 
 SPLITS = (
-    Split("sft", ((0.1, (1,)), (0.35, (2,)), (0.55, (2, 3, 4))), 6, True),
-    Split("rl", ((1.0, (2, 3, 4)),), 1, True),
+    Split("sft", ((0.1, (1,)), (0.3, (2,)), (0.4, (2, 3, 4)), (0.2, (2, 3, 4))), 6, True),
+    # Whose answers depend on where one listens. Counting is not learned in so few steps of SFT, so RL cannot use it.
+    Split("rl", ((1.0, (2, 3, 4)),), 1, True, ("order", "next")),
     Split("val", ((1.0, (2, 3, 4)),), 1, False),
     Split("test", ((1.0, (2, 3, 4)),), 1, False),
 )
 
 
 def write_split(
-    split: Split, num_rows: int, folder: Path, recording: Recording, seed: int, advance: Callable[[int], None]
+    split: Split,
+    num_rows: int,
+    folder: Path,
+    recording: Recording,
+    seed: int,
+    habit: float,
+    advance: Callable[[int], None],
 ) -> None:
     """Write the clips and the JSONL of a split; `advance` is told how many rows have been made."""
     clip_number = 0
@@ -286,7 +300,9 @@ def write_split(
                 name = f"audio/{split.name}-{clip_number:05d}.wav"
                 waveform = render(sounds, num_steps, recording, split.training, rng)
                 soundfile.write(folder / name, waveform, SAMPLING_RATE, subtype="PCM_16")
-                questions = ask(sounds, rng)
+                careless = 0 < phase == len(split.phases) - 1
+                questions = ask(sounds, rng, habit if careless else 0.0)
+                questions = [one for one in questions if not split.kinds or one.kind in split.kinds]
                 chosen = rng.permutation(len(questions))[: min(split.questions_per_clip, wanted - len(rows))]
                 for number in chosen:
                     question = questions[number]
@@ -317,7 +333,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is already there")
     parser.add_argument("--seed", type=int, default=0)
-    for split, rows in zip(SPLITS, (12_000, 256, 64, 240), strict=True):
+    parser.add_argument(
+        "--habit",
+        type=float,
+        default=0.0,
+        help="share of the last SFT rows that listen to the first sound",
+    )
+    for split, rows in zip(SPLITS, (8_400, 480, 64, 480), strict=True):
         parser.add_argument(f"--{split.name}-rows", type=int, default=rows, help="(default %(default)s)")
     args = parser.parse_args(argv)
     if args.output.exists() and not args.overwrite:
@@ -338,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         for split in SPLITS:
             num_rows = getattr(args, f"{split.name}_rows")
             task = progress.add_task(split.name, total=num_rows)
-            write_split(split, num_rows, unfinished, recording, args.seed, partial(progress.advance, task))
+            write_split(split, num_rows, unfinished, recording, args.seed, args.habit, partial(progress.advance, task))
     if args.output.exists():
         shutil.rmtree(args.output)
     unfinished.rename(args.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,27 @@ def test_named_segments_are_heard_and_the_answer_follows(engine_session: Any, cl
     assert outcome.response == (
         "<think>First <seg>0.50, 1.50</seg> then <seg>2.00, 2.50</seg> again.</think><answer>one</answer>"
     )
+
+
+@pytest.mark.parametrize(
+    ("arm", "silent"),
+    [({}, [False, False, False]), ({"clip": "silent"}, [False, True, True]), ({"deaf": True}, [True] * 3)],
+)
+def test_a_control_arm_hears_another_sound_at_the_same_places(
+    engine_session: Any, clip: str, monkeypatch: pytest.MonkeyPatch, arm: dict[str, Any], silent: list[bool]
+) -> None:
+    heard: list[Any] = []
+    generate = engine_session.engine.generate
+
+    async def keeping(engine_ids: Any, clips: Any, *others: Any) -> Any:
+        heard[:] = clips
+        return await generate(engine_ids, clips, *others)
+
+    monkeypatch.setattr(engine_session.engine, "generate", keeping)
+    question = engine_session.scripted("clips", clip)
+    (outcome,) = engine_session.answer(question, sampling=replace(GREEDY, **arm))
+    assert outcome.stop_reason is StopReason.ANSWERED and [not sound.any() for sound in heard] == silent
+    assert [len(sound) for sound in heard[1:]] == [16_000, 8_000]
 
 
 def test_a_straddling_token_is_left_as_sampled_when_asked(engine_session: Any, clip: str) -> None:

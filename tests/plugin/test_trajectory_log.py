@@ -4,6 +4,7 @@ checkpoints it keeps."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transfer_queue
 from omegaconf import OmegaConf
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.trainer.ppo.v1 import replay_buffer
 
 import echo_plugins.for_verl.trainer as trainer
+from echo_plugins.for_verl.merge import BEST, LATEST
 from echo_plugins.for_verl.trainer import (
+    EchoSyncTrainer,
     EchoTrainer,
     LogSettings,
     choose,
@@ -23,6 +28,7 @@ from echo_plugins.for_verl.trainer import (
     group_metrics,
     group_of,
     hit_metrics,
+    note_best,
     prune_checkpoints,
     refuse_what_omni_models_cannot_take,
     trainable_keys,
@@ -70,14 +76,14 @@ def test_settings_that_mean_nothing_are_refused(section: dict[str, Any]) -> None
 def test_a_wrong_preset_or_log_setting_stops_the_trainer_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer.PPOTrainerSync, "__init__", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(trainer.PPOTrainer, "__init__", lambda *_: pytest.fail("started"))
     rollout = {"rollout": {"calculate_log_probs": False}}
     for preset, complaint in (("papers", "no reward preset"), ("quota-3", "calculate_log_probs=True")):
         config = {"reward": {"reward_kwargs": {"preset": preset}}, "actor_rollout_ref": rollout}
         with pytest.raises(PresetError, match=complaint):
-            EchoTrainer(OmegaConf.create(config))
+            EchoSyncTrainer(OmegaConf.create(config))
     with pytest.raises(ValueError, match="echo_log"):
-        EchoTrainer(OmegaConf.create({"reward": {}, "actor_rollout_ref": rollout, "echo_log": {"rows": -1}}))
+        EchoSyncTrainer(OmegaConf.create({"reward": {}, "actor_rollout_ref": rollout, "echo_log": {"rows": -1}}))
 
 
 def rollout(problems: dict[str, str], error: str | None = None) -> dict[str, Any]:
@@ -128,6 +134,73 @@ def test_more_failures_than_allowed_end_the_run_with_their_reasons() -> None:
     with pytest.raises(RuntimeError, match=r"2 of its 4 rollouts failed.*'audio': 1.*RL_MAX_FAILED.*after 5 s"):
         EchoTrainer._balance_batch(step, batch, {})
     assert failure_reason("PromptTooLongError: 9 tokens") == "prompt" and failure_reason("RayActorError: x") == "engine"
+
+
+def test_rollouts_that_never_came_back_are_failures_too() -> None:
+    """verl gives a step the rollouts that came back: a rollout whose worker raised is not among them."""
+    fields = [{"error": None, "reward_extra_info": {}}] * 3
+    config = OmegaConf.create({"data": {"train_batch_size": 4}, "actor_rollout_ref": {"rollout": {"n": 2}}})
+    step: Any = SimpleNamespace(
+        global_steps=3, max_failed_share=0.5, verl_mode="sync", config=config, _extra_fields=lambda _batch: fields
+    )
+    batch: Any = None
+    with pytest.raises(RuntimeError, match=r"5 of its 8 rollouts did not come back.*RL_MAX_FAILED"):
+        EchoTrainer._balance_batch(step, batch, {})
+
+
+def test_filtered_questions_are_not_replaced_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.PPOTrainer, "_add_prompts_to_generate", lambda _self, number: number)
+    config = OmegaConf.create({"data": {"train_batch_size": 4}})
+    buffer = SimpleNamespace(filter_groups_metric="filter")
+    step: Any = object.__new__(EchoSyncTrainer)
+    step.config, step.replay_buffer, step.global_steps = config, buffer, 5
+    step.max_gen_batches, step.refilled = 2, Counter()
+    assert [step._add_prompts_to_generate(4) for _ in range(2)] == [4, 4]
+    with pytest.raises(RuntimeError, match=r"step 5: after 2 batches.*RL_MAX_GEN_BATCHES.*RL_FILTER_GROUPS"):
+        step._add_prompts_to_generate(1)
+    step.global_steps = 6
+    assert step._add_prompts_to_generate(4) == 4
+
+
+def test_the_filter_takes_equal_groups_out_and_leaves_failures_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's own filter, given what the reward manager writes for each rollout."""
+    groups = {"equal": ["1.5", "1.5"], "differs": ["1.5", "0.0"], "failed": ["nan", "nan"]}
+    rows = {f"{uid}_{n}_0": value for uid, values in groups.items() for n, value in enumerate(values)}
+
+    def kv_batch_get(keys: list[str], **_: Any) -> dict[str, Any]:
+        return {"extra_fields": [{"reward_extra_info": {"filter": rows[key]}} for key in keys]}
+
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", kv_batch_get)
+    none: Any = None
+    buffer = replay_buffer.ReplayBuffer("sync", none, None, "drop", none, refill_fn=len, filter_groups_metric="filter")
+    buffer.partitions["train"] = {key: {} for key in rows}
+    buffer.finished_keys["train"] = set(groups)
+    assert buffer._dapo_filtered_keys("train")[0] == {"equal"}
+
+
+def test_rows_of_another_mode_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.PPOTrainer, "_init_dataloader", lambda _self: None)
+    step: Any = object.__new__(EchoSyncTrainer)
+    step.config = OmegaConf.create({"echo": {"mode": "interleaved"}})
+
+    def rows(*modes: str | None) -> Any:
+        return SimpleNamespace(dataframe={"extra_info": [{"mode": mode} for mode in modes]}, data_files=["a.parquet"])
+
+    step.train_dataset, step.val_dataset = rows("interleaved", None), rows("interleaved")
+    step._init_dataloader()
+    step.val_dataset = rows("interleaved", "plain")
+    with pytest.raises(ValueError, match=r"a\.parquet.*plain.*echo.mode is 'interleaved'.*RL_MODE"):
+        step._init_dataloader()
+
+
+def test_the_best_validation_keeps_its_checkpoint(tmp_path: Path) -> None:
+    for step in (0, 2, 4, 6):
+        (tmp_path / f"global_step_{step}").mkdir()
+    for step, acc in ((2, 0.4), (4, 0.6), (6, 0.6), (8, 0.9)):  # 8 has no checkpoint
+        note_best(tmp_path, step, {"val-core/a/acc/mean@1": acc, "val-core/b/acc/mean@1": acc, "val-aux/a/acc/x": 0})
+    assert (tmp_path / BEST).read_text() == "4"
+    (tmp_path / LATEST).write_text("6")
+    assert prune_checkpoints(tmp_path, 1, spared={4}) == [0, 2]
 
 
 def test_the_log_says_where_nothing_can_be_learned() -> None:

@@ -1,4 +1,8 @@
-"""A rollout server that dies, or refuses the actor's weights, ends the run within a minute and is named at the end."""
+"""A process of a run that dies, and an engine that refuses the actor's weights, end the run within a minute; the same
+command then goes on. A killed server in a generation is tried each time, every process in every phase of a step with
+
+    ECHO_KILL_ALL=1 python -m pytest tests/plugin/test_verl_engine_death.py     # a quarter of an hour
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from echo_plugins.end_with_client import CLIENT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_SECONDS = 400
+LATEST_OF_RUN = "out/latest_checkpointed_iteration.txt"
 MOST_SECONDS = 60  # from the kill to the end of the run
 
 pytestmark = pytest.mark.timeout(900)
@@ -38,33 +44,67 @@ def start(tiny_model: Path, soundscapes: Path, folder: Path, log: Path) -> subpr
         return subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, start_new_session=True)
 
 
-def server_of(process: subprocess.Popen[bytes]) -> psutil.Process:
-    (server,) = [
-        one
-        for one in psutil.Process(process.pid).children(recursive=True)
-        if "vLLMHttpServer" in " ".join(one.cmdline())
-    ]
-    return server
-
-
-def test_a_killed_server_ends_the_run_with_its_cause(tiny_model: Path, soundscapes: Path, tmp_path: Path) -> None:
-    log, metrics = tmp_path / "log", tmp_path / "out" / "metrics.jsonl"
-    process = start(tiny_model, soundscapes, tmp_path, log)
+def title(process: psutil.Process) -> str:
+    """Ray writes the actor's class there, and the method that it runs."""
     try:
-        deadline = time.monotonic() + STARTUP_SECONDS
-        while not (metrics.is_file() and metrics.read_text()):  # a step is done, so the next is on its way
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
-            time.sleep(0.1)
-        server_of(process).kill()
+        return " ".join(process.cmdline()).strip()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def process_of(run: subprocess.Popen[bytes], name: str) -> psutil.Process:
+    return next(one for one in psutil.Process(run.pid).children(recursive=True) if name in title(one))
+
+
+def wait_for(run: subprocess.Popen[bytes], log: Path, reached: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run for all: each start goes on from where the last was killed."""
+    return tmp_path_factory.mktemp("killed")
+
+
+PROCESSES = ("vLLMHttpServer", "VLLM::EngineCore", "WorkerDict", "AgentLoopWorker", "RewardLoopWorker")
+# The method that the training process runs in each phase of a step; "" in a generation, when it waits.
+PHASES = {"generation": "", "update": "update_actor", "sync": "update_weights"}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
+    tiny_model: Path, soundscapes: Path, folder: Path, name: str, phase: str
+) -> None:
+    if (name, phase) != ("vLLMHttpServer", "generation") and not os.environ.get("ECHO_KILL_ALL"):
+        pytest.skip("one process in one phase, unless ECHO_KILL_ALL=1")
+    log, metrics, tracker = (folder / part for part in ("log", "out/metrics.jsonl", LATEST_OF_RUN))
+    before = int(tracker.read_text()) if tracker.is_file() else 0
+    run = start(tiny_model, soundscapes, folder, log)
+    try:
+        # metrics.jsonl is put aside at the start. With a line in it a step is done, and the next on its way.
+        wait_for(run, log, lambda: "Training Progress" in log.read_text(errors="replace"), STARTUP_SECONDS)
+        wait_for(run, log, lambda: metrics.is_file() and bool(metrics.read_text()), STARTUP_SECONDS)
+        actor, victim = process_of(run, "WorkerDict"), process_of(run, name)
+        method = PHASES[phase]
+        wait_for(run, log, lambda: method in title(actor) if method else title(actor).endswith("::WorkerDict"), 120)
+        victim.kill()
         killed = time.monotonic()
-        assert process.wait(MOST_SECONDS) != 0
-        assert time.monotonic() - killed < MOST_SECONDS
+        assert run.wait(MOST_SECONDS) != 0
+        seconds = time.monotonic() - killed
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    said = [line for line in log.read_text().splitlines() if line.strip()][-1]
-    assert "error: step " in said and "vLLM server" in said and "has died" in said, said
-    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "1", "the same command goes on"
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    text = log.read_text(errors="replace")
+    said = [line for line in text.splitlines() if line.strip()][-1]
+    print(f"{name} killed in {phase}: ended after {seconds:.0f} s with: {said[:200]}")
+    assert "error: step " in said, said
+    assert name not in ("vLLMHttpServer", "VLLM::EngineCore") or "vLLM server" in said, said
+    assert f"setting global step to {before}" in " ".join(text.split()) or before == 0
+    assert int(tracker.read_text()) > before, "each start comes further"
 
 
 def test_a_server_ends_where_its_worker_refuses_the_weights(tmp_path: Path) -> None:

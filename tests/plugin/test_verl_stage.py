@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -102,6 +103,21 @@ def test_what_people_set_in_grpo_reaches_verl() -> None:
     assert not actor.use_kl_loss and not config.algorithm.norm_adv_by_std_in_grpo
     assert (correction.rollout_is, correction.rollout_is_threshold, correction.bypass_mode) == ("token", 2.0, True)
     assert config.algorithm.filter_groups.enable and config.echo.max_failed_share == 0.25
+
+
+def test_lora_the_asynchronous_trainer_and_a_single_validation_reach_verl() -> None:
+    plain = configuration(DEVICE="cpu")
+    assert plain.actor_rollout_ref.model.lora_rank == 0 and not plain.trainer.val_only
+    config = configuration(
+        DEVICE="cpu", RL_LORA_RANK="16", RL_ASYNC="1", RL_VAL_ONLY="1", RL_TEST_FREQ="-1", RL_KEEP_BEST="1"
+    )
+    model = config.actor_rollout_ref.model
+    assert (model.lora_rank, model.lora_alpha, model.lora.merge) == (16, 32, True)
+    layers = re.compile(model.target_modules)
+    assert layers.fullmatch("thinker.model.layers.27.self_attn.q_proj")
+    assert not layers.fullmatch("thinker.audio_tower.layers.0.self_attn.q_proj"), "the towers have no adapter"
+    assert config.trainer.v1.trainer_mode == "echo_async"
+    assert config.trainer.val_only and config.trainer.val_before_train and config.echo.keep_best
 
 
 def test_words_at_the_end_and_rl_args_have_the_last_say() -> None:

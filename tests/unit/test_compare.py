@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from eval import compare, runs
+from eval import compare, runs, stats
 from eval.predictions import write_whole
 
 CHOICES = ["rain", "wind", "a dog", "thunder"]
@@ -154,3 +154,20 @@ def test_runs_on_other_rows_are_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(runs.app, [str(first), str(second)])
     assert result.exit_code == 1 and "not runs on the same rows" in result.stderr
     assert CliRunner().invoke(runs.app, [str(first)]).exit_code == 1
+
+
+def test_arms_are_each_compared_with_the_first_and_their_ps_corrected(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "a.jsonl", ["rain"] * 16 + ["wind"] * 4)
+    silent = write_run(tmp_path / "a.silent.jsonl", ["rain"] * 7 + ["wind"] * 13)
+    same = write_run(tmp_path / "a.random.jsonl", ["rain"] * 15 + ["wind"] * 5)
+    words = ["--json", str(tmp_path / "c.json"), "--markdown", str(tmp_path / "c.md")]
+    result = CliRunner().invoke(compare.app, [str(base), str(silent), str(same), *words])
+    assert result.exit_code == 0, result.output
+    arms = json.loads((tmp_path / "c.json").read_text())["arms"]
+    assert arms["a.silent"]["p"] == pytest.approx(2 / 2**9) and arms["a.silent"]["p_holm"] == pytest.approx(4 / 2**9)
+    assert arms["a.random"]["p_holm"] == arms["a.random"]["p"] == 1.0
+    assert "| a.silent | 20 | 35.0 [18, 57] | -45.0 (" in (tmp_path / "c.md").read_text()
+
+
+def test_holms_correction() -> None:
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and stats.holm([]) == []

@@ -402,6 +402,15 @@ def test_a_manifest_that_is_not_there_is_refused_unless_the_recipe_makes_it(tmp_
     assert texts(preflight.missing_places(gone, tmp_path / "run", ["sft", "rl", "merge"])) == []
 
 
+def test_a_recipe_that_makes_its_own_rows_is_not_asked_where_they_are(tmp_path: Path) -> None:
+    gone = settings(PREFLIGHT_RL_AUDIO_QA="/nowhere/rl.jsonl", RUN_DIR=str(tmp_path / "run"), DEVICE="cpu")
+    for makes_rows in (False, True):
+        if makes_rows:
+            (tmp_path / "soundscapes.py").touch()
+        problems, _, _ = preflight.check(preflight.Plan(gone, tmp_path, ["data"], NODE), {})
+        assert any("RL_AUDIO_QA=/nowhere/rl.jsonl" in problem.text for problem in problems) == (not makes_rows)
+
+
 def test_benchmarks_that_are_not_there_are_refused(tmp_path: Path) -> None:
     given = settings(BENCHMARKS="mmar", BENCHMARK_ROOT=str(tmp_path))
     found = only(preflight.benchmarks(given, STAGES))
@@ -568,7 +577,7 @@ def test_the_files_of_a_real_tiny_run_have_the_sizes_that_were_estimated(tiny_mo
     tiny = settings(SFT_DEEPSPEED="", SFT_DTYPE="float32", SFT_FREEZE_AUDIO="false")
     less = 4 * 2 * 128 * (704 - model.vocab_size)  # the measured model had 704 words, each a row of 128 in two matrices
     assert estimate.sft_checkpoint_bytes(model, tiny) + 3 * less == pytest.approx(15.7e6, rel=0.05)
-    assert estimate.rl_checkpoint_bytes(model) + 3 * less == pytest.approx(11.9e6, rel=0.02)
+    assert estimate.rl_checkpoint_bytes(model, model.text) + 3 * less == pytest.approx(11.9e6, rel=0.02)
 
 
 def test_weights_that_are_missing_or_cut_are_refused(tmp_path: Path) -> None:
