@@ -227,6 +227,9 @@ class Mapper:
                     raise row
                 found = self._found(line, row)
                 event = self._event(row, None)
+                if event is not None and "\n" in event["label"]:  # it has taken in the row of another clip
+                    detail = f"the label {event['label'][:80]!r} goes over lines: a quote is not closed"
+                    raise RowError(Reason.BAD_EVENT, detail, fatal=True)
             except RowError as error:
                 if error.reason is not Reason.LEFT_OUT:
                     named = {self._audio(reading) for reading in error.readings or (row,)} - {None}
