@@ -295,7 +295,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
 
         tokenizer, counted = Tokenizer.from_file(str(model / "tokenizer.json")), ""
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-    count = partial(num_tokens, rows.name, settings, Lengths(family, hop, encode))
+    count = partial(num_tokens, rows.name, settings, Lengths(family, hop, encode, math.inf))
     step = 1 + sum(len(record.question) + len(record.think or "") for record, *_ in found) // SAMPLE_CHARACTERS
     tokens = [count(record, path) for record, path, _ in found[::step]]
     over = sum(number > settings.whole(limit) for number in tokens)

@@ -18,6 +18,7 @@ import soundfile
 import typer
 from typer.testing import CliRunner, Result
 
+from converters import hf_parquet
 from converters.importers import benchmark, delimited, hf, jsonl, lhotse, rttm, textgrid
 from echo_plugins.audio_qa import AudioQA
 
@@ -574,3 +575,16 @@ def test_a_parquet_row_that_python_cannot_hold_is_refused_and_a_broken_file_name
     source.write_bytes(source.read_bytes()[:-9])
     result = CliRunner().invoke(hf.app, [str(source), str(target), "--audio-root", str(root)])
     assert result.exit_code == 1 and "in.parquet" in result.output
+
+
+@pytest.mark.parametrize("words", [(), ("--embed-audio",)])
+def test_a_hugging_face_file_of_ours_comes_back_as_it_was(root: Path, words: tuple[str, ...]) -> None:
+    row = PLAIN | {"think": "so", "events": [{"label": "cat", "start": 0.5, "end": 1.0}], "duration": 2.0}
+    row |= {"meta": {"recording": "r", "captions": ["a cat"]}}
+    manifest, parquet, target = root.parent / "in.jsonl", root.parent / "in.parquet", root.parent / "out.jsonl"
+    manifest.write_bytes(orjson.dumps(row))
+    for app, source, out, more in ((hf_parquet.app, manifest, parquet, words), (hf.app, parquet, target, ())):
+        result = CliRunner().invoke(app, [str(source), str(out), "--audio-root", str(root), *more])
+        assert result.exit_code == 0, result.output
+    (record,) = read(target)
+    assert record | {"audio": "a.wav"} == row
