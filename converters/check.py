@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,8 @@ def main(
     audio_root: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Folder that relative audio paths start from.")
     ] = None,
+    model: conversion.ModelOption = None,
+    follow_links: conversion.LinksOption = False,
     limit: Annotated[int, typer.Option(min=0, help="Problems to print; all are counted.")] = 20,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -74,10 +77,15 @@ def main(
     if file.is_dir():
         _check_shards(file)
         return
+    window = conversion.window_of(model)
+
+    def files_under(root: Path) -> AudioRoot:
+        return AudioRoot(root, max_seconds=window, follow_links=follow_links)
+
     try:
         with conversion.progress(file) as advance:
             kind, rows = _open(file, advance)
-            judge = _JUDGES[kind](audio_root)
+            judge = _JUDGES[kind](audio_root, files_under)
             problems: Counter[Reason] = Counter()
             shown: list[str] = []
             ids = SeenIds()
@@ -89,8 +97,8 @@ def main(
             )
             for line, row_id, error in chain.from_iterable(chunks):
                 read += 1
-                if error is None and row_id is not None and not ids.add(row_id):
-                    error = RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
+                if error is None and row_id is not None:
+                    error = ids.add(row_id, line)
                 if error is None:
                     continue
                 problems[error.reason] += 1
@@ -127,6 +135,9 @@ def _check_shards(folder: Path) -> None:
 
 Judge = Callable[[Any], str | None]
 """Takes a row, returns its id. Raises RowError."""
+
+Files = Callable[[Path], AudioRoot]
+"""The files under a folder, judged by what the command was told of model and links."""
 
 
 def _judged(judge: Judge, line: int, row: object) -> tuple[int, str | None, RowError | None]:
@@ -178,8 +189,8 @@ def _parquet_rows(file: Path, advance: Callable[[int], None]) -> Iterator[tuple[
             yield number, row
 
 
-def _manifest_judge(audio_root: Path | None, record_type: type[AudioQA] | type[LabelledAudio]) -> Judge:
-    audio = AudioRoot(audio_root) if audio_root else None
+def _manifest_judge(record_type: type[AudioQA] | type[LabelledAudio], audio_root: Path | None, files: Files) -> Judge:
+    audio = files(audio_root) if audio_root else None
 
     def judge(row: Any) -> str:
         record = record_type.from_json(row)
@@ -190,8 +201,8 @@ def _manifest_judge(audio_root: Path | None, record_type: type[AudioQA] | type[L
     return judge
 
 
-def _sft_judge(audio_root: Path | None) -> Judge:
-    audio = AudioRoot(Path("/"))
+def _sft_judge(audio_root: Path | None, files_under: Files) -> Judge:
+    audio = files_under(Path("/"))
     base = (audio_root or Path()).resolve()
 
     def judge(row: Any) -> None:
@@ -223,8 +234,8 @@ def _check_interleaved(response: str, references: list[str], clip: AudioFile) ->
         raise RowError(Reason.NOT_AS_ROLLOUT, f"the crops {bounds} are not the tags' own: {fragments}")
 
 
-def _rl_judge(audio_root: Path | None) -> Judge:
-    audio = AudioRoot(Path("/"))
+def _rl_judge(audio_root: Path | None, files: Files) -> Judge:
+    audio = files(Path("/"))
     base = (audio_root or Path()).resolve()
 
     def judge(row: Any) -> str:
@@ -257,7 +268,7 @@ def _embedded_seconds(reference: dict[str, Any]) -> float:
         raise RowError(Reason.AUDIO_UNREADABLE, f"{reference.get('path')}: {error}") from error
 
 
-def _prediction_judge(audio_root: Path | None) -> Judge:
+def _prediction_judge(audio_root: Path | None, files: Files) -> Judge:
     def judge(row: Any) -> str:
         missing = [key for key in _PREDICTION_KEYS if key not in row]
         if missing:
@@ -267,9 +278,9 @@ def _prediction_judge(audio_root: Path | None) -> Judge:
     return judge
 
 
-_JUDGES: dict[Kind, Callable[[Path | None], Judge]] = {
-    Kind.AUDIO_QA: lambda audio_root: _manifest_judge(audio_root, AudioQA),
-    Kind.LABELLED: lambda audio_root: _manifest_judge(audio_root, LabelledAudio),
+_JUDGES: dict[Kind, Callable[[Path | None, Files], Judge]] = {
+    Kind.AUDIO_QA: partial(_manifest_judge, AudioQA),
+    Kind.LABELLED: partial(_manifest_judge, LabelledAudio),
     Kind.SFT: _sft_judge,
     Kind.RL: _rl_judge,
     Kind.PREDICTION: _prediction_judge,

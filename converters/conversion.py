@@ -20,7 +20,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from converters.atomic import StagedFile
 from converters.workers import CALLS_PER_PROCESS, DEFAULT_WORKERS, in_chunks, in_processes, ordered_map
-from echo_plugins.audio import SAMPLING_RATE, AudioError, OutsideRootError, parse_fragment, probe, resolve_path
+from echo_plugins.audio import (
+    SAMPLING_RATE,
+    AudioError,
+    OutsideRootError,
+    TooLongError,
+    parse_fragment,
+    probe,
+    resolve_path,
+    too_long,
+)
 from echo_plugins.audio_qa import (
     AnyRecord,
     AudioQA,
@@ -32,7 +41,7 @@ from echo_plugins.audio_qa import (
     parse_row,
     read_raw,
 )
-from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI
+from echo_plugins.model import MAX_AUDIO_SECONDS, QWEN2_5_OMNI, max_audio_seconds
 
 Item = TypeVar("Item")
 
@@ -50,7 +59,8 @@ ManifestArgument = Annotated[
     Path, typer.Argument(metavar="IN.jsonl", exists=True, dir_okay=False, help="AudioQA manifest.")
 ]
 ImportedArgument = Annotated[
-    Path, typer.Argument(metavar="IN", exists=True, dir_okay=False, help="JSONL, or JSON that holds one list of rows.")
+    Path,
+    typer.Argument(metavar="IN", exists=True, dir_okay=False, help="JSONL, or JSON that holds one list; also gzipped."),
 ]
 RecordsArgument = Annotated[
     Path, typer.Argument(metavar="OUT.jsonl", dir_okay=False, help="The manifest, written whole or not at all.")
@@ -66,9 +76,33 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-durations", help="Do not decode the audio of rows that state a duration, only look for it."),
 ]
+LinksOption = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links",
+        help="Take links under the audio root that point out of it, as the Hugging Face cache, git-annex and DVC make.",
+    ),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        help="Checkpoint whose window and audio tokens count; a clip that it does not hear to its end is refused.",
+        show_default=f"Qwen2.5-Omni, {MAX_AUDIO_SECONDS} s",
+    ),
+]
 WorkersOption = Annotated[
     int, typer.Option(min=1, help="Threads that decode audio; processes where the manifest is large.")
 ]
+
+
+def window_of(model: Path | None) -> float:
+    """Seconds of a clip that the model hears. Raises typer.BadParameter (exit status 2)."""
+    try:
+        return MAX_AUDIO_SECONDS if model is None else max_audio_seconds(model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
 def new_command() -> typer.Typer:
@@ -97,26 +131,38 @@ class Checked(Generic[AnyRecord]):
 
 
 class AudioRoot:
-    """The files under one folder. Each is decoded once, however many rows name it."""
+    """The files under one folder. Each is decoded once, however many rows name it. A clip of more than `max_seconds`
+    is refused, since models cut off the rest without a word."""
 
-    def __init__(self, root: Path, trust_durations: bool = False, cut_ends_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        trust_durations: bool = False,
+        cut_ends_seconds: float | None = None,
+        max_seconds: float = MAX_AUDIO_SECONDS,
+        follow_links: bool = False,
+    ) -> None:
         self.root = root.resolve()
         self._cut_ends_seconds = cut_ends_seconds
         self._trust_durations = trust_durations
+        self._max_seconds = max_seconds
+        self._follow_links = follow_links
         self._locate = lru_cache(_CACHED_FILES)(self._locate_once)
         self._probe = lru_cache(_CACHED_FILES)(self._probe_once)
 
-    def __reduce__(self) -> tuple[type[AudioRoot], tuple[Path, bool, float | None]]:
-        return AudioRoot, (
-            self.root,
-            self._trust_durations,
-            self._cut_ends_seconds,
-        )  # a worker process has a cache of its own
+    def __reduce__(self) -> tuple[type[AudioRoot], tuple[Any, ...]]:
+        settings = (self._trust_durations, self._cut_ends_seconds, self._max_seconds, self._follow_links)
+        return AudioRoot, (self.root, *settings)  # a worker process has a cache of its own
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the rows of an exporter hang on."""
-        return {"audio_root": str(self.root), "trust_durations": self._trust_durations}
+        return {
+            "audio_root": str(self.root),
+            "trust_durations": self._trust_durations,
+            "max_seconds": self._max_seconds,
+            "follow_links": self._follow_links,
+        }
 
     def measure(self, relative: str) -> AudioFile:
         """Find and decode one file. Raises RowError."""
@@ -127,7 +173,7 @@ class AudioRoot:
         cut to it. Raises RowError."""
         if self._trust_durations and record.duration_seconds is not None:
             path = _or_raise(self._locate(record.audio))
-            audio = AudioFile(path, round(record.duration_seconds * SAMPLING_RATE))
+            audio = _or_raise(self._judged(path, round(record.duration_seconds * SAMPLING_RATE)))
         else:
             audio = self.measure(record.audio)
         if self._cut_ends_seconds is not None:
@@ -138,7 +184,7 @@ class AudioRoot:
     # The cache keeps errors too: a broken file that ten thousand rows name is decoded once.
     def _locate_once(self, relative: str) -> str | RowError:
         try:
-            path = str(resolve_path(self.root, relative))
+            path = str(resolve_path(self.root, relative, self._follow_links))
         except OutsideRootError as error:
             return RowError(Reason.AUDIO_OUTSIDE_ROOT, str(error))
         except AudioError as error:
@@ -152,20 +198,26 @@ class AudioRoot:
         if isinstance(path, RowError):
             return path
         try:
-            info = probe(path)
+            info = probe(path, self._max_seconds)
+        except TooLongError as error:
+            return RowError(Reason.AUDIO_TOO_LONG, str(error))
         except AudioError as error:
             return RowError(Reason.AUDIO_UNREADABLE, str(error))
-        if info.duration_seconds > MAX_AUDIO_SECONDS:
-            detail = f"{path}: {info.duration_seconds:.1f} s; models hear the first {MAX_AUDIO_SECONDS} s, so cut it up"
-            return RowError(Reason.AUDIO_TOO_LONG, detail)
-        if not QWEN2_5_OMNI.num_audio_tokens(info.num_samples):
-            return RowError(Reason.AUDIO_TOO_SHORT, f"{path}: {info.duration_seconds:.3f} s give no audio token")
-        return AudioFile(path, info.num_samples)
+        return self._judged(path, info.num_samples)
+
+    def _judged(self, path: str, num_samples: int) -> AudioFile | RowError:
+        seconds = num_samples / SAMPLING_RATE
+        if seconds > self._max_seconds:
+            return RowError(Reason.AUDIO_TOO_LONG, too_long(path, seconds, self._max_seconds))
+        if not QWEN2_5_OMNI.num_audio_tokens(num_samples):
+            return RowError(Reason.AUDIO_TOO_SHORT, f"{path}: {seconds:.3f} s give no audio token")
+        return AudioFile(path, num_samples)
 
 
 def _or_raise(outcome: Item | RowError) -> Item:
     if isinstance(outcome, RowError):
-        raise RowError(outcome.reason, outcome.detail)  # a cached error is shared: raising it would chain tracebacks
+        # A cached error is shared: raising it would chain tracebacks.
+        raise RowError(outcome.reason, outcome.detail, outcome.fatal)
     return outcome
 
 
@@ -179,6 +231,7 @@ class Tally:
     read: int = 0
     written: int = 0
     rejected: Counter[Reason] = field(default_factory=Counter)
+    lost: RowError | None = None  # the first fatal one
 
     def add(self, read: int, written: int, rejected: Counter[Reason]) -> None:
         self.read += read
@@ -195,37 +248,44 @@ class Tally:
 
 
 class SeenIds:
-    """A set of ids that a million rows cost 8 MB: 64-bit hashes, all but the latest in a few sorted arrays."""
+    """The lines of ids, 16 MB for a million: 64-bit hashes of the ids, all but the latest in a few sorted arrays."""
 
     def __init__(self) -> None:
-        self._latest: set[int] = set()
-        self._runs: list[np.ndarray] = []
+        self._latest: dict[int, int] = {}
+        self._runs: list[np.ndarray] = []  # of hash and line
 
-    def add(self, row_id: str) -> bool:
-        """False when it was there before."""
-        return bool(self.add_all([row_id]))
+    def add(self, row_id: str, line: int) -> RowError | None:
+        """Keep an id that is new; a known one is refused with the line of the first."""
+        return self.add_all([(line, row_id)]).get(0)
 
-    def add_all(self, row_ids: Sequence[str]) -> list[int]:
-        """The places in `row_ids` of those that were not there before, in order."""
-        keys = [hash(row_id) for row_id in row_ids]
-        new = list(range(len(keys)))
-        if len(set(keys)) < len(keys) or not self._latest.isdisjoint(keys):
-            before: set[int] = set()
-            new = [place for place in new if not (keys[place] in before or before.add(keys[place]))]
-            new = [place for place in new if keys[place] not in self._latest]
-        for run in self._runs if new else []:
-            asked = np.array([keys[place] for place in new], np.int64)
-            found = run[np.minimum(run.searchsorted(asked), len(run) - 1)] == asked
-            new = [place for place, known in zip(new, found.tolist(), strict=True) if not known]
-        self._latest.update(keys[place] for place in new)
+    def add_all(self, rows: Sequence[tuple[int, str]]) -> dict[int, RowError]:
+        """Keep the ids of (line, id) that are new. The places of the others in `rows`, each with its refusal."""
+        keys = [hash(row_id) for _, row_id in rows]
+        known = self._earlier(keys)
+        for place, (key, (line, _)) in enumerate(zip(keys, rows, strict=True)):
+            if key in self._latest:
+                known[place] = self._latest[key]
+            elif place not in known:
+                self._latest[key] = line
         if len(self._latest) >= _LATEST_IDS:
-            run = np.sort(np.fromiter(self._latest, np.int64, len(self._latest)))
+            run = np.fromiter(self._latest.items(), np.dtype((np.int64, 2)), len(self._latest))
             self._latest.clear()
             while self._runs and len(self._runs[-1]) <= len(run):  # so that there are few, whatever their number of ids
                 run = np.concatenate([self._runs.pop(), run])
-                run.sort(kind="stable")
-            self._runs.append(run)
-        return new
+            self._runs.append(run[run[:, 0].argsort(kind="stable")])
+        return {
+            place: RowError(Reason.DUPLICATE_ID, f"id {rows[place][1]!r} stands in line {first} too")
+            for place, first in known.items()
+        }
+
+    def _earlier(self, keys: list[int]) -> dict[int, int]:
+        """The places of keys that the arrays hold, and the lines that they have there."""
+        asked = np.array(keys, np.int64)
+        known: dict[int, int] = {}
+        for run in self._runs:
+            found = run[np.minimum(run[:, 0].searchsorted(asked), len(run) - 1)]
+            known |= {int(place): int(found[place, 1]) for place in np.flatnonzero(found[:, 0] == asked)}
+        return known
 
 
 class Form(Protocol):
@@ -330,27 +390,32 @@ class Conversion:
         self.job.form.write((self._new(chunk, side, tally) for chunk in judged), path)
 
     def _new(self, chunk: Judged, side: BinaryIO, tally: Tally) -> Any:
-        kept = self.seen.add_all([row_id for _, row_id in chunk.good])
+        twins = self.seen.add_all(chunk.good)
         tally.read += chunk.num_read
-        tally.written += len(kept)
+        tally.written += len(chunk.good) - len(twins)
         rejected, packed = chunk.rejected, chunk.packed
-        if len(kept) < len(chunk.good):
-            for line, row_id in (chunk.good[place] for place in set(range(len(chunk.good))).difference(kept)):
-                twin = RowError(Reason.DUPLICATE_ID, f"id {row_id!r} stands in an earlier row too")
-                rejected.append((line, row_id, twin))
+        if twins:
+            rejected += [(*chunk.good[place], error) for place, error in twins.items()]
             rejected.sort(key=lambda entry: entry[0])
-            packed = self.job.form.take(packed, kept)
+            packed = self.job.form.take(packed, [place for place in range(len(chunk.good)) if place not in twins])
         for line, row_id, error in rejected:
             tally.rejected[error.reason] += 1
+            if error.fatal and tally.lost is None:
+                tally.lost = RowError(error.reason, f"line {line}: {error.detail}")
             entry = {
-                "file": str(tally.source),
+                "file": _printable(str(tally.source)),
                 "line": line,
-                "id": row_id,
+                "id": row_id and _printable(row_id),
                 "reason": str(error.reason),
-                "detail": error.detail,
+                "detail": _printable(error.detail),
             }
             side.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
         return packed
+
+
+def _printable(text: str) -> str:
+    """The names of files may hold bytes that are no UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
@@ -417,9 +482,16 @@ def refuse_same_file(*paths: Path) -> None:
 
 
 def report(tally: Tally) -> None:
-    """What came in, what went out, why the rest did not; exit status 1 when nothing went out."""
+    """What came in, what went out, why the rest did not; exit status 1 when nothing went out, or when the source could
+    not be read to its end."""
     for text in tally.lines():
         typer.echo(f"== {text}", err=True)  # a recipe shows such lines: see script/watch.py
+    if tally.lost:
+        kept = f"{tally.target} has {tally.written} good rows" if tally.written else "nothing was written"
+        typer.echo(
+            f"error: {tally.source}: {tally.lost.detail}; {kept}. Mend the line or take it out, and run again", err=True
+        )
+        raise typer.Exit(1)
     if not tally.written:
         typer.echo(f"error: no row of {tally.source} could be used, so {tally.target} was not written", err=True)
         raise typer.Exit(1)
@@ -433,14 +505,19 @@ def import_records(
     to_record: Callable[[int, Any], Record],
     workers: int = DEFAULT_WORKERS,
     rows: Callable[[Callable[[int], None]], Iterator[Numbered]] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> Tally:
     """`convert` of the importers: a manifest of AudioQA or labelled audio, each record with its decoded duration."""
-    return convert(source, target, rejected, Job(audio, to_record, _manifest_line, JsonLines()), workers, rows)
+    form = JsonLines(chunk_rows=chunk_rows)
+    return convert(source, target, rejected, Job(audio, to_record, _manifest_line, form), workers, rows)
 
 
 def _manifest_line(checked: Checked, index: int) -> bytes:
     record = replace(checked.record, duration_seconds=checked.audio.duration_seconds)
-    return orjson.dumps(record.to_json(), default=str, option=orjson.OPT_APPEND_NEWLINE)
+    try:
+        return orjson.dumps(record.to_json(), default=str, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError as error:  # a whole number of more than 64 bits, a file's name under `meta`
+        raise RowError(Reason.WRONG_TYPE, f"'meta' or an event holds what JSON cannot: {error}") from error
 
 
 @contextmanager

@@ -77,6 +77,7 @@ def main(
     embed_audio: EmbedOption = False,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
+    follow_links: conversion.LinksOption = False,
     shard_rows: shards.ShardRowsOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -84,7 +85,7 @@ def main(
 
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
-    audio = AudioRoot(audio_root, trust_durations)
+    audio = AudioRoot(audio_root, trust_durations, follow_links=follow_links)
     render = partial(hf_row, embed_audio=embed_audio)
     job = Job(audio, from_manifest, render, ParquetRows(schema(), embed_audio))
     settings = {"format": "hf_parquet", "embed_audio": embed_audio} | audio.settings

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,8 @@ import typer
 
 from converters import conversion
 from converters.atomic import StagedFile
+from converters.conversion import refuse_same_file
+from echo_plugins.audio_qa import RowError, read_raw
 
 app = conversion.new_command()
 
@@ -33,19 +36,22 @@ def main(
     ] = 1.0,
 ) -> None:
     """Set rows of an AudioQA manifest aside for evaluation, so that no recording lies on both sides."""
-    counts = Counter(recording_of_line(line) for line in source.open("rb"))
-    chosen = held_recordings(counts, wanted_rows(rows, counts.total(), most_share))
-    if len(chosen) == len(counts):
+    refuse_same_file(source, held, rest)
+    counts = Counter(recording_of_line(line) for line in _lines(source))
+    named = counts.total() - counts[None]  # the others are no rows, and stay for the exporters to refuse
+    chosen = held_recordings(counts, wanted_rows(rows, named, most_share))
+    if len(chosen) == len(counts.keys() - {None}):
         typer.echo(
-            f"error: {source}: holding {rows} of its {counts.total()} rows would leave none, since a recording "
-            f"({len(counts)} in all) is held whole. Choose fewer --rows (a recipe's EVAL_HOLDOUT or RL_HOLDOUT).",
+            f"error: {source}: holding {rows} of its {named} rows would leave none, since a recording "
+            f"({len(counts.keys() - {None})} in all) is held whole. Choose fewer --rows (a recipe's EVAL_HOLDOUT or "
+            "RL_HOLDOUT).",
             err=True,
         )
         raise typer.Exit(1)
     with StagedFile(held) as held_file, StagedFile(rest) as rest_file:
         with held_file.path.open("wb") as held_out, rest_file.path.open("wb") as rest_out:
-            for line in source.open("rb"):
-                (held_out if recording_of_line(line) in chosen else rest_out).write(line.rstrip(b"\n") + b"\n")
+            for line in _lines(source):
+                (held_out if recording_of_line(line) in chosen else rest_out).write(line + b"\n")
         held_file.commit()
         rest_file.commit()
     num_held = sum(counts[audio] for audio in chosen)
@@ -53,6 +59,21 @@ def main(
         f"== {source}: {counts.total()} rows of {len(counts)} recordings: {num_held} rows of {len(chosen)} recordings "
         f"are held out in {held}, {counts.total() - num_held} rows are left in {rest}"
     )
+
+
+def _lines(source: Path) -> Iterator[bytes]:
+    """The rows, a line each; exit status 1 where the file cannot be read to its end."""
+    for number, raw in read_raw(source, lambda num_bytes: None):
+        if isinstance(raw, RowError):
+            typer.echo(f"error: {source}: line {number}: {raw.detail}", err=True)
+            raise typer.Exit(1)
+        if isinstance(raw, str) or b"\n" in raw.rstrip():  # an element of a list, or an object over many lines
+            try:
+                raw = orjson.dumps(orjson.loads(raw))
+            except orjson.JSONDecodeError as error:
+                typer.echo(f"error: {source}: line {number}: {error}", err=True)
+                raise typer.Exit(1) from error
+        yield raw.rstrip(b"\r\n")
 
 
 def recording_of_line(line: bytes) -> str | None:

@@ -15,7 +15,7 @@ import soundfile
 import typer
 
 from converters.conversion import CHUNK_ROWS
-from echo_plugins.audio_qa import AudioQA
+from echo_plugins.audio_qa import AudioQA, Reason, RowError
 
 EVENT = pa.struct([("label", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
 EMBEDDED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -70,8 +70,12 @@ def event_rows(record: AudioQA) -> list[dict[str, Any]]:
 
 
 def embedded_audio(path: str, name: str) -> dict[str, Any]:
-    """A file as a column holds it: its own bytes; for a WAV of whole numbers FLAC: the same samples, half the size."""
-    data, suffix = _file_bytes(path)
+    """A file as a column holds it: its own bytes; for a WAV of whole numbers FLAC: the same samples, half the size.
+    Raises RowError for a file that cannot be read, which nobody has noticed with --trust-durations."""
+    try:
+        data, suffix = _file_bytes(path)
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, OSError) as error:
+        raise RowError(Reason.AUDIO_UNREADABLE, f"{path}: {error}") from error
     return {"bytes": data, "path": name if suffix is None else str(Path(name).with_suffix(suffix))}
 
 

@@ -100,14 +100,10 @@ def main(
     data_source: Annotated[
         str | None, typer.Option(help="Name that verl groups validation scores by.", show_default="IN's name")
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Checkpoint to count audio tokens for.", show_default="Qwen2.5-Omni"
-        ),
-    ] = None,
+    model: conversion.ModelOption = None,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
+    follow_links: conversion.LinksOption = False,
     shard_rows: shards.ShardRowsOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -117,7 +113,8 @@ def main(
     """
     family, hop = _audio_of(model)
     name = data_source or source.stem
-    audio = AudioRoot(audio_root, trust_durations)
+    window = conversion.window_of(model)
+    audio = AudioRoot(audio_root, trust_durations, max_seconds=window, follow_links=follow_links)
     count = partial(family.num_audio_tokens, hop_length=hop)
     render = partial(rl_row, data_source=name, mode=mode, count_audio_tokens=count, embed_audio=embed_audio)
     job = Job(audio, from_manifest, render, ParquetRows(schema(embed_audio), embed_audio))

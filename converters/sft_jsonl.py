@@ -76,8 +76,10 @@ def main(
             "an empty 'think' (mode plain), skip writes no OUT and removes an old one."
         ),
     ] = WithoutThink.REFUSE,
+    model: conversion.ModelOption = None,
     rejected: conversion.RejectedOption = None,
     trust_durations: conversion.TrustOption = False,
+    follow_links: conversion.LinksOption = False,
     shard_rows: shards.ShardRowsOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -97,7 +99,8 @@ def main(
             "from their `events` (--no-from-events leaves them out)",
             err=True,
         )
-    audio = AudioRoot(audio_root, trust_durations)
+    window = conversion.window_of(model)
+    audio = AudioRoot(audio_root, trust_durations, max_seconds=window, follow_links=follow_links)
     render = partial(_sft_line, mix=mix, seed=seed, from_events=from_events, answers_only=answers_only)
     job = Job(audio, from_manifest, render, JsonLines())
     settings = {"format": "sft_jsonl", "mode": mode, "seed": seed, "from_events": from_events}

@@ -12,9 +12,11 @@ rows of the source, the settings and its own bytes still agree.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -39,6 +41,7 @@ from echo_plugins.audio_qa import Raw, Reason, parse_row, read_raw
 
 MANIFEST = "manifest.json"
 _RESUME = ".resume"
+_PART = re.compile(r"part-[0-9]{5,}\.(?:jsonl|parquet)")
 
 ShardRowsOption = Annotated[
     int | None,
@@ -88,7 +91,7 @@ def export(
                 if not shard.source_rows:
                     break
                 shards.append(shard)
-            if tally.written:
+            if tally.written and tally.lost is None:
                 folder.finish(shards, side)
     except OSError as error:
         typer.echo(f"error: {error}; the same command goes on with the shards that {target} has", err=True)
@@ -105,13 +108,33 @@ def remove(source: Path, target: Path, rejected: Path | None) -> None:
     if not target.is_dir():
         target.unlink(missing_ok=True)
         return
+    parts = _own_parts(target)
     (target / MANIFEST).unlink(missing_ok=True)  # first: a folder with a manifest is finished
-    for part in target.glob("part-*"):
-        part.unlink()
+    for name in parts:
+        (target / name).unlink(missing_ok=True)
     if (target / _RESUME).exists():
         shutil.rmtree(target / _RESUME)
     if not any(target.iterdir()):
         target.rmdir()
+
+
+def _own_parts(folder: Path, settings: Mapping[str, Any] | None = None) -> set[str]:
+    """The shards in a folder that an export wrote. With `settings`, raises typer.BadParameter (exit status 2) for a
+    folder that holds files of anything else than an export of that format."""
+    manifests: list[Mapping[str, Any]] = []
+    for file in (folder / MANIFEST, *sorted((folder / _RESUME).glob("part-*.json"))):
+        with suppress(FileNotFoundError, orjson.JSONDecodeError):
+            manifests.append(orjson.loads(file.read_bytes()))
+    if settings and not manifests and not (folder / _RESUME).is_dir() and folder.is_dir() and any(folder.iterdir()):
+        raise typer.BadParameter(f"{folder} holds files that no export wrote: give another folder", param_hint="OUT")
+    formats = {manifest.get("settings", {}).get("format") for manifest in manifests}
+    if settings and formats - {settings["format"]}:
+        other = ", ".join(map(str, formats))
+        raise typer.BadParameter(f"{folder} holds the shards of {other}: give another folder", param_hint="OUT")
+    names = {shard["file"] for manifest in manifests for shard in manifest.get("shards", [manifest.get("shard")])}
+    if (folder / _RESUME).is_dir():  # a run can be killed between a shard and its record
+        names |= {file.name for file in folder.iterdir() if _PART.fullmatch(file.name)}
+    return names
 
 
 class _Folder:
@@ -123,6 +146,7 @@ class _Folder:
         self._settings = orjson.loads(orjson.dumps(settings))
         self._shard_rows: int = settings["shard_rows"]
         self._suffix = conversion.job.form.suffix
+        self._own_parts = _own_parts(folder, settings)
         self._resume.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest is finished
         for left in (*folder.glob(".part-*.tmp"), *self._resume.glob(".*.tmp")):
@@ -142,8 +166,10 @@ class _Folder:
             if shard.source_sha256 != _sha256(raw for _, raw in taken):
                 return shards
             lines = {orjson.loads(entry)["line"] for entry in self._side(number).open("rb")}
-            values = (parse_row(raw) for line, raw in taken if line not in lines)
-            self._conversion.seen.add_all([str(value["id"]) for value in values if isinstance(value, dict)])
+            values = ((line, parse_row(raw)) for line, raw in taken if line not in lines)
+            self._conversion.seen.add_all(
+                [(line, str(value["id"])) for line, value in values if isinstance(value, dict)]
+            )
             shards.append(shard)
         raise AssertionError("unreachable")
 
@@ -178,6 +204,7 @@ class _Folder:
                 staged_side.commit()
                 _write_json(self._record(number), {"settings": self._settings, "shard": shard})
         self._tally.add(tally.read, tally.written, tally.rejected)
+        self._tally.lost = self._tally.lost or tally.lost
         return shard
 
     def finish(self, shards: list[Shard], side: Path) -> None:
@@ -188,9 +215,8 @@ class _Folder:
                     with self._side(number).open("rb") as stream:
                         shutil.copyfileobj(stream, out)
             staged.commit()
-        for part in self.folder.glob("part-*"):
-            if part.name not in {shard.file for shard in shards}:
-                part.unlink()
+        for name in self._own_parts - {shard.file for shard in shards}:
+            (self.folder / name).unlink(missing_ok=True)
         tally = self._tally
         reasons = {str(reason): number for reason, number in sorted(tally.rejected.items())}
         manifest = Manifest(tally.source.name, self._settings, tally.read, tally.written, reasons, shards)
@@ -237,7 +263,7 @@ def sha256_of(file: Path) -> str:
 
 
 def _bytes(raw: Raw) -> bytes:
-    return raw if isinstance(raw, bytes) else str(raw).encode()
+    return raw if isinstance(raw, bytes) else str(raw).encode("utf-8", "surrogateescape")
 
 
 def _sha256(rows: Iterator[Raw]) -> str:

@@ -27,8 +27,11 @@ SAMPLING_RATE = 16_000  # hertz; what the Qwen-Omni audio towers were trained on
 
 # An MP3 decoder drops its delay and padding, at most this many frames. More missing than that is a cut file.
 _TOLERATED_MISSING_FRAMES = 4 * 1152
-# What may follow the last frame of an MP3: tags. More than that is sound that was not read.
+# What may follow the last frame of an MP3 besides its tags. More than that is sound that was not read.
 _MAX_MP3_TAIL_BYTES = 8_192
+_ID3V1_BYTES = 128
+_APE_FOOTER = struct.Struct("<8sIIII8x")  # APETAGEX, version, size with this footer, items, flags
+_APE_HAS_HEADER = 1 << 31
 # Below this share of the loudest channel's energy the mean of the channels has cancelled (antiphase stereo).
 _CANCELLED_ENERGY = 1e-4
 
@@ -48,6 +51,10 @@ class AudioError(ValueError):
 
 class OutsideRootError(AudioError):
     """The path that a row names leaves the audio root."""
+
+
+class TooLongError(AudioError):
+    """More seconds than the caller takes."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,18 @@ def load_fragment(reference: str) -> np.ndarray:
     return load(path) if bounds is None else load(path, start_seconds=bounds[0], end_seconds=bounds[1])
 
 
-def probe(source: AudioSource) -> AudioInfo:
-    """Decode the whole of `source`, block by block, and say how long it is. Raises AudioError as `load` does."""
+def probe(source: AudioSource, max_seconds: float = math.inf) -> AudioInfo:
+    """Decode the whole of `source`, block by block, and say how long it is. Raises AudioError as `load` does, and
+    TooLongError for more than `max_seconds`: at once where the header says so, else when so much is decoded."""
     num_frames, num_channels, rate = 0, 1, SAMPLING_RATE
-    for block, block_rate in _blocks(source):
+    for block, block_rate in _blocks(source, max_seconds):
         num_frames, num_channels, rate = num_frames + len(block), block.shape[1], block_rate
     return AudioInfo(num_frames / rate, num_frames, rate, num_channels)
+
+
+def too_long(name: str, seconds: float, max_seconds: float) -> str:
+    """The words of a TooLongError."""
+    return f"{name}: {seconds:.1f} s; the model hears the first {max_seconds:g} s, so cut it up"
 
 
 def crop(waveform: np.ndarray, start_sample: int, end_sample: int) -> np.ndarray:
@@ -122,22 +135,31 @@ def _exact(seconds: float) -> str:
     return text if float(text) == seconds else np.format_float_positional(seconds, min_digits=2)
 
 
-def resolve_path(audio_root: str | os.PathLike[str], relative: str) -> Path:
-    """The file that a row names, under `audio_root`.
+def resolve_path(audio_root: str | os.PathLike[str], relative: str, follow_links: bool = False) -> Path:
+    """The file that a row names, under `audio_root`. With `follow_links` it may be a link to a file elsewhere.
 
     Raises OutsideRootError when it leaves that root (`..`, an absolute path, a symbolic link), AudioError when it is
     not a file or cannot be a path at all.
     """
     root = Path(audio_root).resolve()
     try:
-        path = (root / relative).resolve()
+        named = Path(os.path.normpath(root / relative))
+        path = named if follow_links else (root / relative).resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a NUL character
         raise AudioError(f"{relative[:80]!r} is no usable path: {error}") from error
     if not path.is_relative_to(root):
-        raise OutsideRootError(f"{relative!r} leaves the audio root {root}: give a path relative to --audio-root")
+        cure = "give a path relative to --audio-root"
+        if named.is_relative_to(root) and is_file:
+            cure = f"it is a link to {path}. Give --follow-links, or a folder above both as --audio-root"
+        raise OutsideRootError(f"{relative!r} leaves the audio root {root}: {cure}")
     if not is_file:
-        raise AudioError(f"{relative!r}: no such file under the audio root {root}")
+        hint = ""
+        if "\\" in relative and (root / relative.replace("\\", "/")).is_file():
+            hint = "; with / in the place of \\ there is one"
+        elif named.is_symlink():
+            hint = f"; it is a link to {named.readlink()}, which is not there"
+        raise AudioError(f"{relative!r}: no such file under the audio root {root}{hint}")
     return path
 
 
@@ -187,7 +209,7 @@ def _decode(source: AudioSource) -> tuple[np.ndarray, int]:
         raise AudioError(f"{_name(source)}: too long to be held in memory as a whole") from error
 
 
-def _blocks(source: AudioSource) -> Iterator[tuple[np.ndarray, int]]:
+def _blocks(source: AudioSource, max_seconds: float = math.inf) -> Iterator[tuple[np.ndarray, int]]:
     """(frames, rate) of one stretch after the other. A block is at least one, and is judged before the next is read."""
     name = _name(source)
     with contextlib.ExitStack() as owned:
@@ -207,13 +229,19 @@ def _blocks(source: AudioSource) -> Iterator[tuple[np.ndarray, int]]:
         try:
             with soundfile.SoundFile(stream) as file:
                 declared, rate, num_frames = file.frames, file.samplerate, 0
+                if max_seconds < declared / rate and declared < _UNKNOWN_FRAMES:
+                    raise TooLongError(too_long(name, declared / rate, max_seconds))
                 # With a number of frames a file is read that does not say how many it has, or that cannot be sought in.
                 while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                     num_frames += len(block)
+                    if num_frames > max_seconds * rate:
+                        raise TooLongError(too_long(name, num_frames / rate, max_seconds))
                     if not np.isfinite(block).all():
                         raise AudioError(f"{name}: holds NaN or infinite samples, one of which spoils every feature")
                     yield block, rate
                 reached, kind = stream.tell(), file.format
+                if kind == "MP3":
+                    stream_size -= _tag_bytes(stream, stream_size)
         except AudioError:
             raise
         except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
@@ -282,16 +310,35 @@ def _refuse_cut_ogg(stream: BinaryIO, name: str) -> None:
     start = stream.tell()
     if stream.read(4) == b"OggS":
         stream.seek(start)
-        whole = stream.read()
-        ends = re.search(rb"OggS\0[\x04-\x07]", whole)  # the page that ends a stream; \x02 begins one
-        if ends and whole.find(b"OggS\0\x02", ends.end()) >= 0:
-            raise AudioError(f"{name}: several Ogg streams in a row, and only the first is read. ffmpeg -i IN OUT.flac")
-        tail = whole[-_MAX_OGG_PAGE_BYTES:]
+        ended, tail = False, b""
+        while block := stream.read(_MAX_OGG_PAGE_BYTES):
+            seen = tail[-5:] + block
+            for match in re.finditer(rb"OggS\0([\x02\x04-\x07])", seen):
+                begins = match[1] == b"\x02"  # any other of these ends a stream
+                if ended and begins:
+                    several = "several Ogg streams in a row, and only the first is read"
+                    raise AudioError(f"{name}: {several}. ffmpeg -i IN OUT.flac")
+                ended |= not begins
+            tail = (tail + block)[-_MAX_OGG_PAGE_BYTES:]
         page = tail[max(0, tail.rfind(b"OggS\0")) :]
         lacing = page[27 : 27 + page[26]] if len(page) > 26 else b""
         if not page[5:6] or not page[5] & 4 or len(page) < 27 + len(lacing) + sum(lacing):
             raise AudioError(f"{name}: cut off, its last page does not end the stream. Whole? ffmpeg -i IN OUT.flac")
     stream.seek(start)
+
+
+def _tag_bytes(stream: BinaryIO, size: int) -> int:
+    """Bytes of the APEv2 and ID3v1 tags at the end of an MP3 of `size` bytes. A cover is kept in the former."""
+    end = size
+    if end >= _ID3V1_BYTES:
+        stream.seek(end - _ID3V1_BYTES)
+        end -= _ID3V1_BYTES if stream.read(3) == b"TAG" else 0
+    if end >= _APE_FOOTER.size:
+        stream.seek(end - _APE_FOOTER.size)
+        magic, _, length, _, flags = _APE_FOOTER.unpack(stream.read(_APE_FOOTER.size))
+        if magic == b"APETAGEX" and length <= end:
+            end -= length + (_APE_FOOTER.size if flags & _APE_HAS_HEADER else 0)
+    return size - max(0, end)
 
 
 def _mono(frames: np.ndarray) -> np.ndarray:

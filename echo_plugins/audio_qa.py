@@ -10,15 +10,21 @@ Labelled audio is the same without a question: what importers make of sets that 
 
 `audio` is a path relative to the audio root. Times are seconds. Unknown keys are kept under `meta`, those of an event
 with the event. A row that cannot be used raises `RowError` with a `Reason`; nothing is repaired by guessing.
+
+Text is NFC in every field but `id` and `audio`: tokenizers of the Qwen family normalise, so a model cannot write NFD.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -38,11 +44,19 @@ END_TOLERANCE_SECONDS = 0.05  # labels and tags are rounded: an END may pass the
 _GRAMMAR = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-# Characters that nobody sees: NUL, the controls that turn the direction of a text round, blanks without a width. A text
-# that holds one looks like another. The joiners U+200C and U+200D are letters' business in many scripts.
-_HIDDEN = re.compile("[\x00\u200b\u202a-\u202e\u2066-\u2069\ufeff]")
-# A choice that carries its own letter: "(A) a car", "A. a car", "A) a car", "A: a car". "A minor" does not.
-_LETTERED = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s+(\S.*)", re.DOTALL)
+# Characters that nobody sees: controls but tab and line breaks, marks that turn the direction of a text, blanks
+# without a width, lone surrogates. A text that holds one looks like another. Many scripts need the joiners U+200C and
+# U+200D.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+# A choice that carries its own letter: "(A) a car", "A. a car", "a) a car", "A: a car". "A minor" does not.
+_A_LETTER = r"([A-Za-z\uff21-\uff3a])"
+_LETTERED = re.compile(
+    rf"(?:[(\uff08]{_A_LETTER}[)\uff09]|{_A_LETTER}(?:[.:](?=\s)|[)\uff0e\uff1a\u3001\uff09]))\s*(\S.*)", re.DOTALL
+)
+_JSON_KEY = re.compile(rb'"\s*:')
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # A row's tags are asked for up to three times while it is in hand; finding them is the dearest step of a conversion.
@@ -53,6 +67,8 @@ class Reason(StrEnum):
     """Why a row cannot be used."""
 
     NOT_JSON = "not_json"
+    NOT_UTF8 = "not_utf8"
+    DUPLICATE_KEY = "duplicate_key"
     NOT_A_TABLE = "not_a_table"
     NOT_A_TEXTGRID = "not_a_textgrid"
     NOT_AN_OBJECT = "not_an_object"
@@ -88,15 +104,23 @@ class Reason(StrEnum):
 
 
 class RowError(ValueError):
-    """One row that cannot be used: the typed reason, and what was seen."""
+    """One row that cannot be used: the typed reason, and what was seen.
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    `fatal`: more than this row is lost, and nobody can say how much: the rest of the file, or a label of some clip.
+    `readings`: what the row may have been, for a reader of tables that looks for the clip it belongs to.
+    """
+
+    def __init__(
+        self, reason: Reason, detail: str, fatal: bool = False, readings: tuple[Mapping[str, Any], ...] = ()
+    ) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.fatal = fatal
+        self.readings = readings
 
-    def __reduce__(self) -> tuple[type[RowError], tuple[Reason, str]]:
-        return RowError, (self.reason, self.detail)  # it crosses between processes
+    def __reduce__(self) -> tuple[type[RowError], tuple[Reason, str, bool]]:
+        return RowError, (self.reason, self.detail, self.fatal)  # it crosses between processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +288,6 @@ def check_tags(text: str, duration_seconds: float | None) -> None:
         raise RowError(Reason.MALFORMED_TAG, f"{OPEN_TAG} without its {CLOSE_TAG}")
 
 
-_NOT_TEXT = {
-    b"\xff\xfe": "UTF-16: iconv -f UTF-16 -t UTF-8 IN > OUT",
-    b"\xfe\xff": "UTF-16: iconv -f UTF-16 -t UTF-8 IN > OUT",
-    b"\x1f\x8b": "gzipped: gunzip it first",
-}
-
 Raw = bytes | str | RowError
 """A row as it stands in a file, unparsed; a RowError where the file itself is broken."""
 
@@ -283,42 +301,119 @@ def read_rows(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int,
 
 
 def read_raw(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[int, Raw]]:
-    """As `read_rows`, for `parse_row`. JSONL is streamed; a JSON list is read into memory as text."""
-    with path.open("rb") as stream:
-        # A look ahead, not a seek: the source may be a pipe.
-        for magic, what in _NOT_TEXT.items():
-            if stream.peek().startswith(magic):
-                yield 1, RowError(Reason.NOT_JSON, f"{path.name} is {what}")
+    """As `read_rows`, for `parse_row`. JSONL is streamed; a JSON list is read into memory as text. Both may be gzipped,
+    and in UTF-16."""
+    number = 0
+    try:
+        with opened(path) as stream:
+            # A look ahead, not a seek: the source may be a pipe.
+            if stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                yield from _read_list(stream.read(), advance)
                 return
-        if stream.peek().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            yield from _read_list(stream.read(), advance)
-            return
-        for number, line in enumerate(stream, start=1):
-            advance(len(line))
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.isspace() and line:
-                yield number, line
+            for number, line in enumerate(stream, start=1):
+                advance(len(line))
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    if line.strip() == b"{":
+                        yield 1, _one_object(line + stream.read())
+                        return
+                if not line.isspace() and line:
+                    yield number, line
+    except DAMAGE as error:
+        yield number + 1, damaged(path, error)
+
+
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
+"""What reading an `opened` file raises where it is damaged."""
+
+
+def damaged(path: Path, error: Exception) -> RowError:
+    """The refusal of the rest of a file for one of DAMAGE."""
+    if isinstance(error, UnicodeDecodeError):
+        return RowError(Reason.NOT_UTF8, f"{path}: no {error.encoding} ({error.reason}); the rest is not read", True)
+    return RowError(Reason.NOT_JSON, f"{path}: damaged gzip ({error}); the rest is not read", True)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    """The bytes of a file or pipe: unpacked where it is gzipped, as UTF-8 where it begins with a mark of UTF-16."""
+    with path.open("rb") as file:
+        stream: io.BufferedReader[Any] = file
+        if stream.peek(2)[:2] == b"\x1f\x8b":
+            # Not `read`, which gives nothing of what stands before the damage.
+            stream = io.BufferedReader(_Pieces(gzip.GzipFile(fileobj=stream).read1))
+        if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            text = io.TextIOWrapper(stream, "utf-16", newline="")
+            stream = io.BufferedReader(_Pieces(lambda size: text.readline(size).encode("utf-8", "surrogatepass")))
+        yield stream
+
+
+class _Pieces(io.RawIOBase):
+    """A file whose bytes a function gives, some `size` of them a call, and none at the end."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._rest = self._rest or self._read(len(buffer))
+        taken = self._rest[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._rest = self._rest[len(taken) :]
+        return len(taken)
+
+
+def read_value(path: Path) -> object:
+    """The one JSON value of a file, which may be gzipped and in UTF-16; a RowError with its name where it has none."""
+    try:
+        with opened(path) as stream:
+            value = parse_row(stream.read().removeprefix(b"\xef\xbb\xbf"))
+    except DAMAGE as error:
+        return damaged(path, error)
+    return RowError(value.reason, f"{path}: {value.detail}") if isinstance(value, RowError) else value
+
+
+def _one_object(raw: bytes) -> Raw:
+    """The row of a JSON file that is one object over many lines; refused where it only holds the rows in a list."""
+    value = parse_row(raw)
+    if not isinstance(value, dict):
+        detail = value.detail if isinstance(value, RowError) else "no object"
+        return RowError(Reason.NOT_JSON, f"one JSON value over many lines, and it is broken: {detail}", True)
+    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    if "audio" in value or not lists:
+        return raw
+    return RowError(Reason.NOT_JSON, around_the_rows(value, lists[0]))
+
+
+def around_the_rows(value: Mapping[str, Any], name: str) -> str:
+    """What is wrong with an object whose key `name` holds the rows."""
+    return (
+        f"one object around {len(value[name])} rows; it has {_shown(sorted(value))}. Take its list: "
+        f"jq '.[\"{name}\"]' IN > ROWS.json"
+    )
 
 
 def _read_list(raw: bytes, advance: Callable[[int], None]) -> Iterator[tuple[int, Raw]]:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield 1, RowError(Reason.NOT_JSON, f"not UTF-8: {error}")
-        return
+    # A byte that is no UTF-8 costs its own row: it is kept as a surrogate, which `parse_row` refuses.
+    text = raw.decode("utf-8-sig", "surrogateescape")
     decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
         position = _skip_blanks(text, position)
         line, counted = line + text.count("\n", counted, position), position
         if text.startswith("]", position):
+            if rest := text[position + 1 :].strip():
+                line += text.count("\n", counted, text.index(rest[0], position + 1))
+                yield line, RowError(Reason.NOT_JSON, f"{_shown(rest)} after the list is not read", True)
             return
         try:
             # The standard library finds where the element ends; orjson judges it as it judges a line of JSONL.
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            yield line, RowError(Reason.NOT_JSON, f"{error}; the rest of the list is not read")
+            yield line, RowError(Reason.NOT_JSON, f"{error}; the rest of the list is not read", True)
             return
         yield line, text[position:end]
         advance(end - counted)
@@ -327,7 +422,7 @@ def _read_list(raw: bytes, advance: Callable[[int], None]) -> Iterator[tuple[int
             position += 1
         elif not text.startswith("]", position):
             line += text.count("\n", counted, position)
-            yield line, RowError(Reason.NOT_JSON, "expected , or ] here; the rest of the list is not read")
+            yield line, RowError(Reason.NOT_JSON, "expected , or ] here; the rest of the list is not read", True)
             return
 
 
@@ -342,9 +437,45 @@ def parse_row(raw: Raw) -> object:
     if isinstance(raw, RowError):
         return raw
     try:
-        return orjson.loads(raw)
+        value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
+        if isinstance(raw, bytes):
+            raw = raw.decode("utf-8", "surrogateescape")
+        if bad := _SURROGATE.search(raw):
+            return RowError(Reason.NOT_UTF8, f"byte 0x{ord(bad[0]) & 0xFF:02X} at character {bad.start()} of the row")
         return RowError(Reason.NOT_JSON, str(error))
+    # orjson takes the last of two equal keys. Looking for them costs more than parsing, so the keys are counted first.
+    encoded = raw if isinstance(raw, bytes) else raw.encode()
+    known = _num_keys(value)
+    if encoded.count(b":") > known and len(_JSON_KEY.findall(encoded)) > known:
+        try:
+            json.loads(encoded, object_pairs_hook=_without_twins)
+        except RowError as error:
+            return error
+        except (ValueError, RecursionError) as error:  # orjson takes deeper and longer numbers
+            return RowError(Reason.NOT_JSON, str(error))
+    return value
+
+
+def _num_keys(value: Any) -> int:
+    kind = type(value)
+    if kind is not dict and kind is not list:
+        return 0
+    number = len(value) if kind is dict else 0
+    for item in value.values() if kind is dict else value:
+        if type(item) is dict or type(item) is list:
+            number += _num_keys(item)
+    return number
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            detail = f"the key {_shown(key)} is there twice, with {_shown(found[key])} and {_shown(value)}"
+            raise RowError(Reason.DUPLICATE_KEY, detail)
+        found[key] = value
+    return found
 
 
 def _shown(value: object, limit: int = 80) -> str:
@@ -391,7 +522,7 @@ def _id(row: Mapping[str, Any]) -> str:
         raise RowError(Reason.WRONG_TYPE, f"'id' is text or a whole number, this is {_shown(value)}")
     if not value.strip():
         raise RowError(Reason.EMPTY_TEXT, "'id' is empty")
-    return value
+    return _in_utf8(value, "id")
 
 
 def _audio(row: Mapping[str, Any]) -> str:
@@ -400,6 +531,14 @@ def _audio(row: Mapping[str, Any]) -> str:
         raise RowError(Reason.WRONG_TYPE, f"'audio' is a path, this is {_shown(value)}")
     if not value.strip():
         raise RowError(Reason.EMPTY_TEXT, "'audio' is empty")
+    return _in_utf8(value, "audio")
+
+
+def _in_utf8(value: str, name: str) -> str:
+    """The name of a file as the system gives it may hold bytes that are no UTF-8."""
+    if not value.isascii() and _SURROGATE.search(value):
+        shown = value.encode("utf-8", "surrogateescape")
+        raise RowError(Reason.NOT_UTF8, f"{name!r} is no UTF-8, {shown!r}: rename the file")
     return value
 
 
@@ -409,20 +548,37 @@ def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
         raise RowError(Reason.WRONG_TYPE, f"'choices' is a list of texts, this is {_shown(value)}")
     if not MIN_CHOICES <= len(value) <= MAX_CHOICES:
         raise RowError(Reason.WRONG_NUMBER_OF_CHOICES, f"{MIN_CHOICES} to {MAX_CHOICES} are needed, not {len(value)}")
-    choices = tuple([_checked(choice, "choices", False) for choice in value])
-    # The scorer folds case, blanks and a final full stop: two choices that differ in nothing else are one.
-    if len({" ".join(choice.split()).rstrip(". ").casefold() for choice in choices}) < len(choices):
-        raise RowError(Reason.DUPLICATE_CHOICE, f"two choices read the same: {_shown(choices)}")
-    return choices
+    return tuple([_checked(choice, "choices", False) for choice in value])
 
 
 def without_letters(choices: tuple[str, ...], answer: str) -> tuple[tuple[str, ...], str]:
-    """Choices that all carry their own letters without them, since the prompt letters them; the answer likewise."""
+    """Choices that all carry their own letters without them, since the prompt letters them; the answer likewise.
+
+    Raises RowError for choices that read the same."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
-    bare = [match[3] for place, match in enumerate(found) if match and (match[1] or match[2]) == chr(65 + place)]
-    if len(bare) < len(choices) or len({text.casefold() for text in bare}) < len(bare):
-        return choices, answer
-    return tuple(bare), bare[choices.index(answer)] if answer in choices else answer
+    bare = [match[3] for place, match in enumerate(found) if match and _letter(match) == chr(65 + place)]
+    if len(bare) == len(choices):
+        answer = bare[choices.index(answer)] if answer in choices else answer
+        choices = tuple(bare)
+    # The scorer folds case, blanks and a final full stop: two choices that differ in nothing else are one.
+    if len({" ".join(choice.split()).rstrip(". ").casefold() for choice in choices}) < len(choices):
+        raise RowError(Reason.DUPLICATE_CHOICE, f"two choices read the same: {_shown(choices)}")
+    return choices, answer
+
+
+def _letter(match: re.Match[str]) -> str:
+    return unicodedata.normalize("NFKC", match[1] or match[2]).upper()
+
+
+def nfc(value: Any) -> Any:
+    """A JSON value with every text of it in NFC; its keys stay."""
+    if isinstance(value, str):
+        return value if value.isascii() else unicodedata.normalize("NFC", value)
+    if isinstance(value, list):
+        return [nfc(item) for item in value]
+    if isinstance(value, dict):
+        return {key: nfc(item) for key, item in value.items()}
+    return value
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -454,7 +610,7 @@ def _event(item: object, duration_seconds: float | None) -> Event:
     if not _is_number(start) or not _is_number(end) or not 0 <= start < end:
         raise RowError(Reason.BAD_EVENT, f"0 <= start < end is needed, in seconds: {_shown(item)}")
     meta = {key: item[key] for key in item if key not in _EVENT_FIELDS} if len(item) > len(_EVENT_FIELDS) else {}
-    event = Event(_checked(label, "label", True), float(start), float(end), meta)
+    event = Event(_checked(label, "label", True), float(start), float(end), nfc(meta) if meta else meta)
     if duration_seconds is not None:
         _check_event_end(event, duration_seconds)
     return event
@@ -470,4 +626,4 @@ def _meta(row: dict[str, Any], fields: frozenset[str]) -> dict[str, Any]:
     if meta is not None and not isinstance(meta, dict):
         raise RowError(Reason.WRONG_TYPE, f"'meta' is an object, this is {_shown(meta)}")
     others = row.keys() - fields
-    return {key: row[key] for key in row if key in others} | (meta or {}) if others else meta or {}
+    return nfc({key: row[key] for key in row if key in others} | (meta or {}) if others else meta or {})

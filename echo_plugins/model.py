@@ -13,6 +13,7 @@ from typing import Any
 
 from .relisten.trajectory import SpecialIds
 
+_WHISPER_SECONDS = 30  # `chunk_length` of transformers' WhisperFeatureExtractor where a checkpoint does not say
 MAX_AUDIO_SECONDS = 300  # the public checkpoints' feature window; what is longer they cut off without a word
 
 
@@ -117,6 +118,19 @@ def hop_length(model_dir: str | Path) -> int:
         if value:
             return int(value)
     raise ValueError(f"{model_dir}: neither preprocessor_config.json nor processor_config.json gives hop_length")
+
+
+def max_audio_seconds(model_dir: str | Path) -> float:
+    """Seconds of a clip that the checkpoint hears: its feature extractor cuts off the rest without a word. RL, infer
+    and serve refuse longer clips, and so do the converters. Raises ValueError where it has no configuration of one."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        config = _read_json(Path(model_dir) / name)
+        extractor = (config or {}).get("feature_extractor", config)
+        if extractor and "hop_length" in extractor:
+            return float(extractor.get("chunk_length") or _WHISPER_SECONDS)
+    raise ValueError(
+        f"{model_dir}: neither preprocessor_config.json nor processor_config.json is a feature extractor's"
+    )
 
 
 def _generation_eos_ids(model_dir: Path) -> list[int]:

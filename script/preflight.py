@@ -233,7 +233,7 @@ def read_rows(path: Path, purpose: str, holdouts: Sequence[int] = ()) -> Rows:
     from echo_plugins.audio_qa import AudioQA, RowError, parse_row, read_raw
 
     lines = [line for _, line in read_raw(path, lambda _: None) if not isinstance(line, RowError)]
-    raws = [line.encode() if isinstance(line, str) else line for line in lines]
+    raws = [line.encode("utf-8", "surrogateescape") if isinstance(line, str) else line for line in lines]
     thoughts = (row.get("think") for raw in raws if b'"think"' in raw and isinstance(row := parse_row(raw), dict))
     reasoning = any(b'"events"' in raw for raw in raws) or any(thoughts)
     wanted, sample = min(len(raws), SAMPLE_ROWS), []
@@ -243,7 +243,7 @@ def read_rows(path: Path, purpose: str, holdouts: Sequence[int] = ()) -> Rows:
     held = 0
     counts = Counter(recording_of_line(raw) for raw in raws) if any(holdouts) else Counter()
     for rows in filter(None, holdouts):
-        chosen = held_recordings(counts, wanted_rows(rows, counts.total(), HOLDOUT_SHARE))
+        chosen = held_recordings(counts, wanted_rows(rows, counts.total() - counts[None], HOLDOUT_SHARE))
         held += sum(counts.pop(recording) for recording in chosen)
     return Rows(f"{purpose}_AUDIO_QA", path, len(raws) - held, held, reasoning, sample)
 
@@ -253,7 +253,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     sample. Where it is all of them, the stage would have nothing left."""
     from echo_plugins.audio import SAMPLING_RATE, AudioError, resolve_path
     from echo_plugins.for_swift.dataset import BadRowError, Lengths, file_samples
-    from echo_plugins.model import MAX_AUDIO_SECONDS, family_of, hop_length
+    from echo_plugins.model import MAX_AUDIO_SECONDS, family_of, hop_length, max_audio_seconds
 
     def share(some: int, of: int, what: str, text: str, cure: str) -> Problems:
         """A refusal where it is all of the rows that were looked at, a warning where it is some."""
@@ -275,10 +275,10 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     yield from share(len(missing), len(rows.sample), "audio files", text, cure)
     if model is None or not found:
         return
-    files = [model / name for name in ("processor_config.json", "preprocessor_config.json")]
-    configs = [json.loads(file.read_text()) for file in files if file.is_file()]
-    windows = [config.get("feature_extractor", config).get("chunk_length") for config in configs]
-    window = next(filter(None, windows), MAX_AUDIO_SECONDS)
+    try:
+        window = max_audio_seconds(model)
+    except ValueError:
+        window = MAX_AUDIO_SECONDS
     long = [record.id for record, _, seconds in found if seconds > window]
     text = f"have more than the {window:g} s of audio that the model hears, id {''.join(long[:1])} for one"
     yield from share(
@@ -298,7 +298,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
 
         tokenizer, counted = Tokenizer.from_file(str(model / "tokenizer.json")), ""
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-    count = partial(num_tokens, rows.name, settings, Lengths(family, hop, encode))
+    count = partial(num_tokens, rows.name, settings, Lengths(family, hop, encode, math.inf))
     step = 1 + sum(len(record.question) + len(record.think or "") for record, *_ in found) // SAMPLE_CHARACTERS
     tokens = [count(record, path) for record, path, _ in found[::step]]
     over = sum(number > settings.whole(limit) for number in tokens)

@@ -83,10 +83,10 @@ prepare_data() {
       --rest "$rl_rows"
   fi
   run "$PYTHON" -m converters.sft_jsonl "$sft_audio_qa" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
-    --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
+    --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
   # Held rows for the loss that SFT evaluates; none where they have no reasoning.
   run "$PYTHON" -m converters.sft_jsonl "$val_rows" "$DATA_DIR/sft-val-rows.jsonl" --audio-root "$audio_root" \
-    --mode "$SFT_MODE" --seed "$SEED" --without-think "${SFT_WITHOUT_THINK/refuse/skip}"
+    --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "${SFT_WITHOUT_THINK/refuse/skip}"
   run "$PYTHON" -m converters.rl_parquet "$rl_rows" "$DATA_DIR/rl.parquet" --audio-root "$audio_root" \
     --model "$base_model" --mode "$RL_MODE"
   run "$PYTHON" -m converters.rl_parquet "$val_rows" "$DATA_DIR/val.parquet" --audio-root "$audio_root" \

@@ -10,6 +10,7 @@ from typing import Any
 from echo_plugins.audio_qa import Reason, RowError
 from echo_plugins.relisten.transcript import match_choice
 
+_WHOLE = re.compile(r"([0-9]{1,9})(?:\.0+)?")  # a table that lacks some answers has 1.0 for 1
 _LETTER = re.compile(r"\(?[A-Za-z]\)?[.:]?")
 
 
@@ -31,10 +32,10 @@ def answer_text(answer: Any, choices: Sequence[Any], form: AnswerForm) -> Any:
     texts = [choice.strip() if isinstance(choice, str) else "" for choice in choices]
     said = answer.strip() if isinstance(answer, str) else answer
     if form in (AnswerForm.INDEX0, AnswerForm.INDEX1):
-        digits = isinstance(said, str) and said.isascii() and said.isdigit()
+        digits = isinstance(said, str) and _WHOLE.fullmatch(said)
         if not digits and (isinstance(said, bool) or not isinstance(said, int)):
             raise RowError(Reason.WRONG_TYPE, f"--answer {form} takes whole numbers, this is {said!r}"[:200])
-        index = int(said) - (form is AnswerForm.INDEX1)
+        index = int(digits[1] if digits else said) - (form is AnswerForm.INDEX1)
         if not 0 <= index < len(texts):
             raise RowError(Reason.ANSWER_NOT_A_CHOICE, f"there is no choice {said} ({form}) among {len(texts)}")
         return texts[index]

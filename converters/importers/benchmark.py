@@ -39,6 +39,7 @@ def main(
     target: conversion.RecordsArgument,
     audio_root: conversion.AudioRootOption,
     benchmark: Annotated[Layout, typer.Option(help="Whose layout; auto tells by the key of the audio.")] = Layout.AUTO,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -46,7 +47,7 @@ def main(
 
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
-    audio = AudioRoot(audio_root)
+    audio = AudioRoot(audio_root, follow_links=follow_links)
 
     def to_record(line: int, row: object) -> Record:
         layout = benchmark if benchmark is not Layout.AUTO else layout_of(row)

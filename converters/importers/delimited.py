@@ -11,8 +11,13 @@ named. Otherwise a row is a clip. Empty cells count as not there.
 from __future__ import annotations
 
 import csv
+import io
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,16 +26,18 @@ import typer
 from converters import conversion
 from converters.conversion import AudioRoot, Numbered
 from converters.importers.mapping import (
+    AnswerOption,
     LabelMapOption,
     MapOption,
     Mapper,
+    keys_of,
     load_preset,
     preset_option,
     read_label_map,
     record_of_clip,
     require_columns,
 )
-from echo_plugins.audio_qa import Reason, RowError
+from echo_plugins.audio_qa import DAMAGE, FIELDS, Reason, RowError, damaged, opened
 
 _MAX_CELL_CHARS = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,6 +58,16 @@ def main(
     delimiter: Annotated[
         str | None, typer.Option(help="One character.", show_default="the preset's; a tab for .tsv, else a comma")
     ] = None,
+    quoted: Annotated[
+        bool | None,
+        typer.Option(
+            "--quoted/--no-quoted",
+            help="Quotes around a cell are the format's, not the text's.",
+            show_default="the preset's; yes for commas, for tabs where all quotes are around cells",
+        ),
+    ] = None,
+    answer: AnswerOption = None,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -59,22 +76,37 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
     layout = load_preset(preset, "delimited").with_map(map_)
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    layout = replace(layout, answer=answer) if answer else layout
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem, read_label_map(label_map))
-    parted_by = delimiter or layout.reader.get("delimiter") or ("\t" if source.suffix == ".tsv" else ",")
-    quoted = layout.reader.get("quoted", parted_by != "\t")
+    suffix = Path(source.name.removesuffix(".gz")).suffix
+    delimiter = "\t" if delimiter == "\\t" else delimiter  # as one types it in a shell
+    parted_by = delimiter or layout.reader.get("delimiter") or ("\t" if suffix == ".tsv" else ",")
+    if len(parted_by) != 1:
+        raise typer.BadParameter(f"{parted_by!r} is not one character", param_hint="--delimiter")
+    quotes = layout.reader.get("quoted") if quoted is None else quoted
+    if quotes is None:
+        quotes = parted_by != "\t" or (not source.is_fifo() and quotes_cells(source, parted_by))
+        if quotes and parted_by == "\t":
+            typer.echo(f"== {source}: cells stand in quotes, which are taken off; --no-quoted keeps them", err=True)
     headers, columns = layout.reader.get("header_rows", 1), layout.reader.get("columns")
     gathered = "event.label" in layout.fields or layout.reader.get("gathered", False)
 
-    first = next(read_table(source, parted_by, quoted, headers, columns, lambda _: None, names_only=True), (0, {}))[1]
-    require_columns(map_, first if isinstance(first, dict) else (), str(source))
+    table = partial(read_table, source, parted_by, quotes, headers, columns)
+    wanted = {*keys_of(layout.fields.values()), *FIELDS}
+    if map_ and not source.is_fifo():
+        require_columns(map_, (names for _, names in table(lambda _: None, wanted, names_only=True)), str(source))
 
     def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:
-        table = read_table(source, parted_by, quoted, headers, columns, advance)
-        return mapper.clips(table) if gathered else table
+        return mapper.clips(table(advance, wanted)) if gathered else table(advance, wanted)
 
     to_record = record_of_clip if gathered else mapper.record
     conversion.import_records(source, target, rejected, audio, to_record, workers, rows)
+    if mapper.unmapped:
+        shown = ", ".join(sorted(mapper.unmapped)[:3])
+        all_of = len(mapper.unmapped) + len(mapper.mapped)
+        found = f"{len(mapper.unmapped)} of {all_of} labels are not in {label_map} and stay as they are"
+        typer.echo(f"== warning: {found}: {shown}", err=True)
 
 
 def read_table(
@@ -84,51 +116,140 @@ def read_table(
     header_rows: int,
     columns: list[str] | None,
     advance: Callable[[int], None],
+    wanted: Collection[str] = (),
     names_only: bool = False,
 ) -> Iterator[Numbered]:
-    """(line, {column: cell}) of every row. Several header rows are joined by dots; with `columns` there is none."""
+    """(line, {column: cell}) of every row. Several header rows are joined by dots; with `columns` there is none. Lines
+    that begin with # stand before the header, or are it where they have a `wanted` column."""
     csv.field_size_limit(_MAX_CELL_CHARS)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    with source.open("rb") as begin:
-        encoding = "utf-16" if begin.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    # A byte that is no UTF-8 costs its own row: it is kept as a surrogate, which no text has.
-    with source.open(encoding=encoding, errors="surrogateescape", newline="") as stream:
-        reader = csv.reader(_counted(stream, advance), delimiter=delimiter, quoting=quoting)
-        try:
-            names = columns or _header(reader, header_rows)
+    lines = _Lines(advance)
+    parse = partial(
+        csv.reader, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted
+    )
+    try:
+        with _text_of(source) as stream:
+            lines.read(stream)
+            reader = parse(lines, skipinitialspace=True)
+            names = columns or _header(lines, reader, header_rows, wanted, str(source))
             if names_only:
                 yield 0, dict.fromkeys(names, "")
                 return
-            for cells in reader:
-                if not cells:
+            commented = columns is not None  # comments may stand before the first row, as they do before a header
+            while True:
+                lines.taken.clear()
+                number = lines.number + 1
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:  # a quote that nothing closes takes the lines after it with it
+                    words = [word.strip(' "') for word in lines.taken[0].rstrip().split(delimiter)]
+                    lines.give_back()
+                    yield number, RowError(Reason.NOT_A_TABLE, str(error), readings=_readings(names, words))
+                    continue
+                if cells is None:
+                    return
+                if commented and cells and cells[0].startswith("# "):
+                    continue
+                commented = False
+                if not any(cell.strip() for cell in cells):
                     continue
                 if wrong := [name for name, cell in zip(names, cells, strict=False) if _SURROGATE.search(cell)]:
-                    yield reader.line_num, RowError(Reason.NOT_A_TABLE, f"column {wrong[0]!r} is not UTF-8")
+                    detail = f"column {wrong[0]!r} is not UTF-8: save the table as UTF-8 (iconv -f CP1252 -t UTF-8)"
+                    yield number, RowError(Reason.NOT_UTF8, detail, readings=_readings(names, cells))
                 elif len(cells) > len(names):
                     detail = f"{len(cells)} cells under {len(names)} columns; is {delimiter!r} what parts them?"
-                    yield reader.line_num, RowError(Reason.WRONG_TYPE, detail)
-                elif header_rows == 1 or any(
-                    cells[1:]
-                ):  # pandas names the index of a many-row header in a row of its own
-                    yield (
-                        reader.line_num,
-                        {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()},
-                    )
-        except (csv.Error, UnicodeDecodeError) as error:
-            yield reader.line_num + 1, RowError(Reason.NOT_A_TABLE, f"{error}; the rest of the table is not read")
+                    yield number, RowError(Reason.WRONG_TYPE, detail, readings=_readings(names, cells))
+                elif header_rows == 1 or any(cells[1:]):
+                    # pandas names the index of a many-row header in a row of its own
+                    yield number, {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}
+    except DAMAGE as error:
+        yield lines.number + 1, damaged(source, error)
 
 
-def _header(reader: Iterator[list[str]], header_rows: int) -> list[str]:
-    """The columns' names; the first is `index` where pandas left it empty."""
-    rows = [next(reader, []) for _ in range(header_rows)]
+def quotes_cells(source: Path, delimiter: str) -> bool:
+    """Whether quotes are a spreadsheet's, around whole cells, and not the text's own."""
+    quote = re.compile(rf'(?:^|{re.escape(delimiter)})"')
+    found = False
+
+    def looked_at(stream: Iterable[str]) -> Iterator[str]:
+        nonlocal found
+        for line in stream:
+            found = found or bool(quote.search(line))
+            yield line
+
+    try:
+        with _text_of(source) as stream:
+            widths = {len(cells) for cells in csv.reader(looked_at(stream), delimiter=delimiter, strict=True) if cells}
+    except (*DAMAGE, csv.Error):
+        return False
+    return found and len(widths) == 1
+
+
+@contextmanager
+def _text_of(source: Path) -> Iterator[io.TextIOWrapper]:
+    # A byte that is no UTF-8 costs its own row: it is kept as a surrogate, which no text has.
+    with opened(source) as stream:
+        yield io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+
+
+class _Lines:
+    """The lines of a text, for csv.reader: those of a row that cannot be parsed can be read again."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._stream: Iterator[str] = iter(())
+        self._again: deque[str] = deque()
+        self.number = 0
+        self.taken: list[str] = []
+
+    def read(self, stream: Iterator[str]) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._again:
+            line = self._again.popleft()
+        else:
+            line = next(self._stream)
+            self._advance(len(line))
+        self.number += 1
+        self.taken.append(line)
+        return line
+
+    def give_back(self, kept: int = 1) -> None:
+        """All lines since `taken` was cleared but the first."""
+        self.number -= len(self.taken) - kept
+        self._again.extendleft(reversed(self.taken[kept:]))
+
+
+def _readings(names: Sequence[str], cells: Sequence[str]) -> tuple[dict[str, str], ...]:
+    """The row with each run of surplus cells taken out: one of them has its clip."""
+    return tuple(dict(zip(names, cells[shift:], strict=False)) for shift in range(max(0, len(cells) - len(names)) + 1))
+
+
+def _header(
+    lines: _Lines, reader: Iterator[list[str]], header_rows: int, wanted: Collection[str], source: str
+) -> list[str]:
+    """The columns' names; the first is `index` where pandas left it empty. Raises typer.BadParameter (status 2)."""
+    rows: list[list[str]] = []
+    while len(rows) < header_rows:
+        try:
+            cells = [cell.strip() for cell in next(reader, [])]
+        except csv.Error as error:
+            raise typer.BadParameter(f"{source}: its header cannot be read: {error}", param_hint="IN") from error
+        if not rows and cells and cells[0].startswith("#") and cells[0] not in wanted:
+            cells[0] = cells[0].lstrip("# ")
+            if not set(wanted).intersection(cells):
+                continue
+        rows.append(cells)
     names = [".".join(part for part in parts if part) for parts in zip(*rows, strict=False)]
-    return [name or ("index" if not place else f"column {place + 1}") for place, name in enumerate(names)]
-
-
-def _counted(stream: Iterator[str], advance: Callable[[int], None]) -> Iterator[str]:
-    for line in stream:
-        advance(len(line))
-        yield line
+    names = [name or ("index" if not place else f"column {place + 1}") for place, name in enumerate(names)]
+    twice = sorted(name for name, number in Counter(names).items() if number > 1)
+    if twice and set(twice).intersection(wanted):
+        raise typer.BadParameter(f"{source} has two columns {twice[0]!r}: rename one", param_hint="IN")
+    lines.taken.clear()
+    return [name if name not in names[:place] else f"{name} {place + 1}" for place, name in enumerate(names)]
 
 
 if __name__ == "__main__":

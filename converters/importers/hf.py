@@ -2,19 +2,21 @@
 
     python -m converters.importers.hf IN OUT.jsonl --audio-root DIR --audio-column audio --map question=query
 
-pyarrow reads the rows, so that nothing is decoded: embedded audio is written to AUDIO_ROOT/NAME/ byte for byte, a path
-is taken as it is. NAME is OUT's; a file that is there already with the same bytes is left alone.
+pyarrow reads the rows, so that nothing is decoded: embedded audio is written to AUDIO_ROOT/NAME/ byte for byte, under a
+name made of its bytes, so that rows of the same sound share a file. NAME is OUT's. A path is taken as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import soundfile
 import typer
 
 from converters import conversion
@@ -25,6 +27,8 @@ from converters.importers.mapping import MapOption, Mapper, Preset, require_colu
 from echo_plugins.audio_qa import Reason, Record, RowError
 
 _BATCH_ROWS = 16  # a row can hold minutes of sound
+_CHUNK_ROWS = 10  # read ahead for each worker
+_NAME_DIGITS = 24  # of the SHA-256 of the bytes
 
 app = conversion.new_command()
 
@@ -37,6 +41,7 @@ def main(
     audio_column: Annotated[str, typer.Option(help="The column of the audio.")] = "audio",
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
     answer: Annotated[AnswerForm, typer.Option(help="How the answer is given.")] = AnswerForm.AUTO,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -45,22 +50,23 @@ def main(
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
     layout = Preset(fields={"audio": audio_column}, answer=answer).with_map(map_)
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem)
     files = _data_files(source)
-    require_columns(map_, _schema(files[0]).names, str(files[0]))
 
     def to_record(line: int, row: object) -> Record:
-        if isinstance(row, dict) and isinstance(row.get(audio_column), dict):
-            name = f"{source.stem}-{line:07d}"
-            row = row | {audio_column: _audio_path(row[audio_column], audio.root, target.stem, name)}
+        if isinstance(row, dict) and isinstance(value := row.get(audio_column), dict | bytes):
+            value = {"bytes": value} if isinstance(value, bytes) else value
+            row = row | {audio_column: _audio_path(value, audio.root, target.stem)}
         return mapper.record(line, row)
 
+    def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:
+        return _rows(files, audio_column, advance)
+
     try:
-        conversion.import_records(
-            source, target, rejected, audio, to_record, workers, lambda advance: _rows(files, audio_column, advance)
-        )
-    except pa.ArrowException as error:
+        require_columns(map_, [_names(_schema(files[0]))], str(files[0]), mapper.item_fields)
+        conversion.import_records(source, target, rejected, audio, to_record, workers, rows, _CHUNK_ROWS)
+    except (pa.ArrowException, OSError) as error:
         typer.echo(f"error: {source}: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -81,14 +87,33 @@ def _schema(file: Path) -> pa.Schema:
         return stream.schema
 
 
+def _names(fields: Iterable[pa.Field]) -> dict[str, Any]:
+    """The columns and the fields inside them, as a row that has all of them."""
+    return {field.name: _names(field.type) if pa.types.is_struct(field.type) else None for field in fields}
+
+
 def _rows(files: list[Path], audio_column: str, advance: Callable[[int], None]) -> Iterator[Numbered]:
     number = 0
     for file in files:
         for batch in _batches(file, audio_column):
-            for row in batch.to_pylist():
+            for row in _values(batch):
                 number += 1
                 yield number, row
         advance(file.stat().st_size)
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows; a RowError for one that Python cannot hold: text that is no UTF-8, a date before the year 1."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for place in range(batch.num_rows):
+            try:
+                yield from batch.slice(place, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield RowError(Reason.NOT_UTF8, f"{error}")
+            except (ValueError, OverflowError) as error:
+                yield RowError(Reason.WRONG_TYPE, f"{error}")
 
 
 def _batches(file: Path, audio_column: str) -> Iterator[pa.RecordBatch]:
@@ -112,20 +137,28 @@ def _columns(schema: pa.Schema, audio_column: str) -> list[str]:
     return [column.name for column in schema if column.name == audio_column or "binary" not in str(column.type)]
 
 
-def _audio_path(value: dict[str, Any], root: Path, folder: str, name: str) -> str:
+def _audio_path(value: dict[str, Any], root: Path, folder: str) -> str:
     """The path of an Audio value under the root; embedded bytes are written there first. Raises RowError."""
     data, path = value.get("bytes"), value.get("path")
-    if data is None:
+    if not isinstance(data, bytes):
         if not isinstance(path, str):
             raise RowError(Reason.MISSING_FIELD, "the audio has neither bytes nor a path")
         return path
-    suffix = PurePosixPath(path).suffix if isinstance(path, str) else ".audio"
-    file = root / folder / f"{name}{suffix if suffix[1:].isalnum() else '.audio'}"
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).digest() != hashlib.sha256(data).digest():
+    suffix = PurePosixPath(path).suffix if isinstance(path, str) else ""
+    name = hashlib.sha256(data).hexdigest()[:_NAME_DIGITS]
+    file = root / folder / f"{name}{suffix if suffix[1:].isalnum() else _suffix_of(data)}"
+    if not file.is_file() or file.stat().st_size != len(data):
         with StagedFile(file) as staged:
             staged.path.write_bytes(data)
             staged.commit()
     return file.relative_to(root).as_posix()
+
+
+def _suffix_of(data: bytes) -> str:
+    try:
+        return f".{soundfile.info(io.BytesIO(data)).format.lower()}"
+    except (soundfile.LibsndfileError, RuntimeError):
+        return ".audio"
 
 
 if __name__ == "__main__":

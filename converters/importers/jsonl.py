@@ -11,7 +11,6 @@ are kept under `meta`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,8 @@ import typer
 
 from converters import conversion
 from converters.conversion import AudioRoot, Numbered
-from converters.importers.answers import AnswerForm
-from converters.importers.mapping import MapOption, Mapper, load_preset, preset_option, require_columns
-from echo_plugins.audio_qa import Reason, RowError, parse_row, read_raw
-
-LOOK_AHEAD_ROWS = 1_000  # a mapped key that none of them has is a typing error
+from converters.importers.mapping import AnswerOption, MapOption, Mapper, load_preset, preset_option, require_columns
+from echo_plugins.audio_qa import Reason, RowError, parse_row, read_raw, read_value
 
 app = conversion.new_command()
 
@@ -37,13 +33,8 @@ def main(
     audio_root: conversion.AudioRootOption,
     preset: Annotated[str | None, preset_option("jsonl")] = None,
     map_: MapOption = [],  # noqa: B006  typer reads the default, nobody changes it
-    answer: Annotated[
-        AnswerForm | None,
-        typer.Option(
-            help="How the answer is given; auto takes the choice's text or its letter, never a number.",
-            show_default="the preset's, or auto",
-        ),
-    ] = None,
+    answer: AnswerOption = None,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -53,17 +44,16 @@ def main(
     """
     layout = load_preset(preset, "jsonl").with_map(map_)
     layout = replace(layout, answer=answer) if answer else layout
-    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance)
+    audio = AudioRoot(audio_root, cut_ends_seconds=layout.end_tolerance, follow_links=follow_links)
     mapper = Mapper(layout, audio, source.stem)
     depth = layout.reader.get("depth", 0)
-    if map_ and not source.is_fifo():
-        seen = itertools.islice(_nested(source, depth) if depth else _files(source, lambda _: None), LOOK_AHEAD_ROWS)
-        parsed = [parse_row(row) if isinstance(row, bytes | str) else row for _, row in seen]
-        require_columns(map_, {key for row in parsed if isinstance(row, dict) for key in row}, str(source))
 
     def rows(advance: Callable[[int], None]) -> Iterator[Numbered]:
         return _nested(source, depth) if depth else _files(source, advance)
 
+    if not source.is_fifo():
+        parsed = (parse_row(row) if isinstance(row, bytes | str) else row for _, row in rows(lambda _: None))
+        require_columns(map_, parsed, str(source), mapper.item_fields)
     conversion.import_records(source, target, rejected, audio, mapper.record, workers, rows)
 
 
@@ -71,7 +61,7 @@ def _files(source: Path, advance: Callable[[int], None]) -> Iterator[Numbered]:
     if source.is_dir() or source.suffix == ".jams":
         files = sorted([*source.glob("*.json"), *source.glob("*.jams")]) if source.is_dir() else [source]
         for number, file in enumerate(files, start=1):
-            row = parse_row(file.read_bytes())
+            row = read_value(file)
             yield number, row | {"file": file.stem} if isinstance(row, dict) else row
     else:
         yield from read_raw(source, advance)
@@ -79,7 +69,10 @@ def _files(source: Path, advance: Callable[[int], None]) -> Iterator[Numbered]:
 
 def _nested(source: Path, depth: int) -> Iterator[Numbered]:
     """The objects `depth` levels down in one object of objects, numbered."""
-    value = parse_row(source.read_bytes())
+    value = read_value(source)
+    if isinstance(value, RowError):
+        yield 1, value
+        return
     rows: list[Any] = [value]
     for _ in range(depth):
         if not all(isinstance(row, dict) for row in rows):

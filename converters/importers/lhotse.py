@@ -7,19 +7,15 @@ Only whole recordings of one file can be taken: write others out first (`cuts.sa
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from converters import conversion
-from converters.conversion import AudioRoot, Numbered
-from converters.importers.mapping import look_up, relative_audio, seconds
+from converters.conversion import AudioRoot
+from converters.importers.mapping import added, look_up, relative_audio, seconds
 from echo_plugins.audio_qa import END_TOLERANCE_SECONDS, LabelledAudio, Reason, Record, RowError
-
-_GZIP_MAGIC = b"\x1f\x8b"
 
 app = conversion.new_command()
 
@@ -31,6 +27,7 @@ def main(
     ],
     target: conversion.RecordsArgument,
     audio_root: conversion.AudioRootOption,
+    follow_links: conversion.LinksOption = False,
     rejected: conversion.RejectedOption = None,
     workers: conversion.WorkersOption = conversion.DEFAULT_WORKERS,
 ) -> None:
@@ -38,28 +35,12 @@ def main(
 
     Rows that cannot be used go to the side file with line and reason. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
-    audio = AudioRoot(audio_root, cut_ends_seconds=END_TOLERANCE_SECONDS)
+    audio = AudioRoot(audio_root, cut_ends_seconds=END_TOLERANCE_SECONDS, follow_links=follow_links)
 
     def to_record(line: int, cut: object) -> Record:
         return record_of_cut(cut, audio.root)
 
-    conversion.import_records(
-        source, target, rejected, audio, to_record, workers, lambda advance: _lines(source, advance)
-    )
-
-
-def _lines(source: Path, advance: Callable[[int], None]) -> Iterator[Numbered]:
-    with source.open("rb") as head:
-        zipped = head.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-    number = 0
-    with source.open("rb") as file, gzip.GzipFile(fileobj=file) if zipped else file as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line
-        except EOFError as error:
-            yield number + 1, RowError(Reason.NOT_JSON, f"{error}; the rest is not read")
-        advance(file.tell())
+    conversion.import_records(source, target, rejected, audio, to_record, workers)
 
 
 def record_of_cut(cut: object, root: Path) -> Record:
@@ -69,6 +50,9 @@ def record_of_cut(cut: object, root: Path) -> Record:
         raise RowError(Reason.MISSING_FIELD, "no cut with a recording; of a mixed cut, the mix has to be saved first")
     if len(sources) != 1 or look_up(sources[0], "type") != "file":
         raise RowError(Reason.NOT_WHOLE, f"the recording has {len(sources)} sources, one file is needed")
+    if transforms := look_up(cut, "recording.transforms"):
+        detail = f"the recording is changed when it is read ({str(transforms)[:80]}): write the cuts out (save_audios)"
+        raise RowError(Reason.NOT_WHOLE, detail)
     start, whole = seconds(cut.get("start"), "start"), seconds(look_up(cut, "recording.duration"), "duration")
     duration = seconds(cut.get("duration"), "duration")
     if start or abs(duration - whole) > END_TOLERANCE_SECONDS:
@@ -84,7 +68,7 @@ def record_of_cut(cut: object, root: Path) -> Record:
         "events": [_event(supervision) for supervision in supervisions],
         "meta": {"recording": look_up(cut, "recording.id"), "domain": "speech", **custom},
     }
-    texts = [supervision["text"] for supervision in supervisions if supervision.get("text")]
+    texts = [str(supervision["text"]) for supervision in supervisions if supervision.get("text")]
     if texts:
         row["meta"]["transcript"] = " ".join(texts)
     return LabelledAudio.from_json(row)
@@ -94,7 +78,7 @@ def _event(supervision: Any) -> dict[str, Any]:
     if not isinstance(supervision, dict):
         raise RowError(Reason.BAD_EVENT, f"a supervision is an object, this is {str(supervision)[:80]}")
     start = seconds(supervision.get("start"), "start")
-    end = round(start + seconds(supervision.get("duration"), "duration"), 6)
+    end = added(start, seconds(supervision.get("duration"), "duration"))
     known = {name: supervision[name] for name in ("text", "speaker", "language", "gender") if supervision.get(name)}
     label = supervision.get("speaker") or "speech"
     return {"label": label, "start": start, "end": end, "kind": "speech"} | known

@@ -11,21 +11,38 @@ question becomes AudioQA, any other labelled audio.
 
 from __future__ import annotations
 
+import csv
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import orjson
 import typer
 import yaml
 
 from converters import conversion
 from converters.importers.answers import AnswerForm, answer_text
-from echo_plugins.audio_qa import END_TOLERANCE_SECONDS, FIELDS, AudioQA, LabelledAudio, Reason, Record, RowError
+from echo_plugins.audio_qa import (
+    DAMAGE,
+    END_TOLERANCE_SECONDS,
+    FIELDS,
+    AudioQA,
+    LabelledAudio,
+    Reason,
+    Record,
+    RowError,
+    around_the_rows,
+    damaged,
+    opened,
+)
 
 _PRESETS = files("converters.importers") / "presets"
 _EVENT_KEYS = ("label", "start", "end", "duration", "kind", "text", "speaker", "confidence")
@@ -61,6 +78,7 @@ class Preset:
     fields: Mapping[str, Any] = field(default_factory=dict)
     answer: AnswerForm = AnswerForm.AUTO
     drop: Mapping[str, Any] = field(default_factory=dict)  # a row with this value under this key is left out
+    offset: str = ""  # the key of the second at which a row begins; any but 0 is a part of a file, which is refused
     reader: Mapping[str, Any] = field(default_factory=dict)  # what the source format's own reader is told
     end_tolerance: float = END_TOLERANCE_SECONDS  # a label that ends past the clip by no more is cut to it
 
@@ -77,24 +95,61 @@ class Preset:
         return replace(self, fields={**self.fields, **given})
 
 
-def require_columns(pairs: Sequence[str], columns: Iterable[str], where: str) -> None:
-    """Each FIELD=KEY of `--map` must name a column that the source has: a typed name would lose a field in silence.
-    Raises typer.BadParameter (exit status 2)."""
-    names = set(columns)
-    for pair in pairs:
-        field_, _, key = pair.partition("=")
-        slots = [match[1] for match in _SLOT.finditer(key)] or ([key] if key in names else key.split(","))
-        for slot in slots:
-            ways = [way.strip() for way in slot.split("|")]
-            if not any(way in names or way.partition(".")[0] in names for way in ways):
-                close = difflib.get_close_matches(ways[0], names, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                shown = ", ".join(sorted(names)) or "none"
-                raise typer.BadParameter(
-                    f"{where} has no column {slot!r} for {field_}{hint} It has: {shown}", param_hint="--map"
-                )
+def require_columns(pairs: Sequence[str], rows: Iterable[Any], where: str, item_fields: Iterable[str] = ()) -> None:
+    """Each FIELD=KEY of `--map` must name a key that some row has: a typed name would lose a field in silence. `rows`
+    are read until all are found. `item_fields` are looked up in the items of a list, so no row has them. Raises
+    typer.BadParameter (exit status 2)."""
+    named = [pair.partition("=") for pair in pairs]
+    wanted = [(field_, key) for field_, _, key in named if field_ not in item_fields]
+    names: set[str] = set()
+    for row in rows if wanted else ():
+        if not isinstance(row, Mapping):
+            continue
+        names.update(row)
+        wanted = [(field_, slot) for field_, key in wanted for slot in _slots(key, row) if not _has_one(row, slot)]
+        if not wanted:
+            return
+    for field_, slot in wanted:
+        close = difflib.get_close_matches(slot.split("|")[0].strip(), names, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        shown = ", ".join(sorted(names)) or "none"
+        raise typer.BadParameter(
+            f"{where} has no column {slot!r} for {field_}{hint} It has: {shown}", param_hint="--map"
+        )
 
 
+def _slots(key: str, row: Mapping[str, Any]) -> list[str]:
+    """The keys that a KEY of `--map` is made of."""
+    return [match[1] for match in _SLOT.finditer(key)] or ([key] if key in row else key.split(","))
+
+
+def _has_one(row: Mapping[str, Any], slot: str) -> bool:
+    return any(_has(row, way.strip()) for way in slot.split("|"))
+
+
+def _has(row: Any, key: str) -> bool:
+    """Whether a path leads anywhere, be it to null."""
+    if isinstance(row, Mapping) and key in row:
+        return True
+    first, _, rest = key.partition(".")
+    if isinstance(row, Mapping):
+        return first in row and bool(rest) and _has(row[first], rest)
+    if isinstance(row, list) and first.isdigit():
+        return not rest or int(first) >= len(row) or _has(row[int(first)], rest)
+    return False
+
+
+AnswerOption = Annotated[
+    AnswerForm | None,
+    typer.Option(
+        "--answer",
+        help="How the answer is given; auto takes the choice's text or its letter, never a number.",
+        show_default="the preset's, or auto",
+    ),
+]
+
+
+@cache
 def preset_names(format_: str) -> list[str]:
     return sorted(
         path.name.removesuffix(".yaml")
@@ -137,6 +192,14 @@ class Mapper:
     audio: conversion.AudioRoot
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
+    mapped: set[str] = field(default_factory=set)  # labels that were met and that `labels` has
+    unmapped: set[str] = field(default_factory=set)  # and those that it has not
+
+    @property
+    def item_fields(self) -> list[str]:
+        """The fields that are looked up in the items of a list of events, not in the row."""
+        fields = self.preset.fields
+        return [name for name in fields if name.startswith("event.")] if "events" in fields else []
 
     def record(self, line: int, row: object) -> Record:
         """A row that is a whole record. Raises RowError."""
@@ -150,9 +213,12 @@ class Mapper:
 
     def clips(self, rows: Iterable[conversion.Numbered]) -> Iterator[conversion.Numbered]:
         """Rows that are events, gathered to one row a clip, for `record_of_clip`. A clip with a bad row is left out
-        whole: what it lacks would pass for silence. All clips are held in memory."""
+        whole: what it lacks would pass for silence. Where nobody can say which clips a bad row belongs to, all are left
+        out. All clips are held in memory."""
         clips: dict[str, tuple[int, dict[str, Any]]] = {}
+        counts: Counter[str] = Counter()
         spoilt: dict[str, int] = {}
+        all_spoilt: int | None = None
         num_rows = 0
         for line, row in rows:
             num_rows += 1
@@ -160,28 +226,46 @@ class Mapper:
                 if isinstance(row, RowError):
                     raise row
                 found = self._found(line, row)
-                if not isinstance(audio := found.get("audio"), str):
-                    raise RowError(
-                        Reason.MISSING_FIELD, f"no audio in the row, which has {sorted(map(str, row))}"[:200]
-                    )
-                try:
-                    event = self._event(row, None)
-                except RowError:
-                    spoilt.setdefault(audio, line)
-                    raise
+                event = self._event(row, None)
+                if event is not None and "\n" in event["label"]:  # it has taken in the row of another clip
+                    detail = f"the label {event['label'][:80]!r} goes over lines: a quote is not closed"
+                    raise RowError(Reason.BAD_EVENT, detail, fatal=True)
             except RowError as error:
+                if error.reason is not Reason.LEFT_OUT:
+                    named = {self._audio(reading) for reading in error.readings or (row,)} - {None}
+                    if not named and not error.fatal:
+                        detail = f"{error.detail}; so any clip may lack a label"
+                        error = RowError(error.reason, detail, fatal=True)
+                    if error.fatal and all_spoilt is None:
+                        all_spoilt = line
+                    spoilt |= {audio: line for audio in named if audio and audio not in spoilt}
                 yield line, error
                 continue
+            audio = found["audio"]
+            counts[audio] += 1
             _, clip = clips.setdefault(audio, (line, found | {"events": []}))
             if event is not None:
                 clip["events"].append(event)
             _gather(clip.get("meta", {}), found.get("meta", {}))
         typer.echo(f"{self.name}: {num_rows} rows, gathered to {len(clips)} clips", err=True)
         for audio, (line, clip) in clips.items():
-            if audio in spoilt:
-                yield line, RowError(Reason.INCOMPLETE_LABELS, f"{audio}: line {spoilt[audio]} of the same clip is bad")
+            if (bad := spoilt.get(audio, all_spoilt)) is not None:
+                whose = "of the same clip is bad" if audio in spoilt else "may be of the same clip and is bad"
+                detail = f"{audio}: line {bad} {whose}, so its {counts[audio]} good rows are left out"
+                yield line, RowError(Reason.INCOMPLETE_LABELS, detail)
             else:
                 yield line, clip
+
+    def _audio(self, row: object) -> str | None:
+        """The clip that a row names; None where it names none, or not in UTF-8."""
+        try:
+            audio = self._value(row, self.preset.fields.get("audio", "audio")) if isinstance(row, dict) else None
+            if not isinstance(audio, str) or not audio.strip():
+                return None
+            audio.encode()
+        except (RowError, UnicodeEncodeError):
+            return None
+        return relative_audio(audio, self.audio.root)
 
     def _found(self, line: int, row: object) -> dict[str, Any]:
         """The fields of a row but for its events, `meta` gathered. Raises RowError."""
@@ -190,8 +274,12 @@ class Mapper:
         for key, value in self.preset.drop.items():
             if look_up(row, key) == value:
                 raise RowError(Reason.LEFT_OUT, f"{key} is {value!r}, which the preset leaves out")
+        offset = look_up(row, self.preset.offset) if self.preset.offset else None
+        if offset is not None and seconds(offset, self.preset.offset):
+            detail = f"it begins at {self.preset.offset} {offset} of its file: cut the parts out to files (sox, ffmpeg)"
+            raise RowError(Reason.NOT_WHOLE, detail)
         specs = self.preset.fields
-        taken = set(_keys_of(specs.values()))
+        taken = set(keys_of(specs.values()))
         own_names = {name for name in FIELDS[:-1] if name not in specs and name not in taken}
         taken |= own_names
         found = {
@@ -206,18 +294,26 @@ class Mapper:
         found["choices"] = choices_of(found.get("choices"))
         if isinstance(found.get("duration"), str):
             found["duration"] = seconds(found["duration"], "duration", Reason.BAD_DURATION)
-        own = row.get("meta")
+        if not isinstance(found.get("audio"), str) or not found["audio"].strip():
+            raise RowError(Reason.MISSING_FIELD, self._no_audio(row))
+        own = _object_of(row.get("meta"))
         others = {key: value for key, value in row.items() if key not in taken and key != "meta"}
         named = {name[5:]: self._value(row, spec) for name, spec in specs.items() if name.startswith("meta.")}
         others |= own if isinstance(own, dict) else {} if own is None else {"meta": own}
         found["meta"] = others | {key: value for key, value in named.items() if value not in (None, [])}
         if found.get("id") is None:
             found["id"] = self.name + (f"-{line:07d}" if "event.label" not in specs else f"-{found.get('audio')}")
-        if isinstance(found.get("audio"), str):
-            found["audio"] = relative_audio(found["audio"], self.audio.root)
+        found["audio"] = relative_audio(found["audio"], self.audio.root)
         if isinstance(found["choices"], list) and found.get("answer") is not None:
             found["answer"] = answer_text(found["answer"], found["choices"], form)
         return {name: value for name, value in found.items() if value is not None}
+
+    def _no_audio(self, row: Mapping[str, Any]) -> str:
+        for key, value in row.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                return around_the_rows(row, key)
+        spec = self.preset.fields.get("audio", "audio")
+        return f"no 'audio' in the row by {str(spec)!r}; it has {sorted(map(str, row))}"[:200]
 
     def _keyed_choices(self, row: Mapping[str, Any], specs: Mapping[str, Any], choices: Any) -> Any:
         """Choices by their keys, in the order of the keys: those of an object, or of columns of which some are empty.
@@ -257,12 +353,12 @@ class Mapper:
             return None
         start = seconds(found.get("start"), "start")
         span = found.pop("duration", None)
-        end = seconds(found.get("end"), "end") if span is None else start + seconds(span, "duration")
+        end = seconds(found.get("end"), "end") if span is None else added(start, seconds(span, "duration"))
         if not isinstance(found.get("label"), str):
             raise RowError(Reason.BAD_EVENT, f"the label is a text, this is {str(found.get('label'))[:80]}")
         if not 0 <= start < end:
             raise RowError(Reason.BAD_EVENT, f"0 <= start < end is needed, in seconds: {start:g} to {end:g}")
-        return found | {"start": start, "end": round(end, 6)}
+        return found | {"start": start, "end": end}
 
     def _value(self, row: Any, spec: Any) -> Any:
         if isinstance(spec, list):
@@ -291,8 +387,10 @@ class Mapper:
             return None
         for name, argument in spec.items():
             if name == "minus":
-                value = round(seconds(value, "from") - seconds(self._value(row, argument), "minus"), 6)
+                value = added(seconds(value, "from"), -seconds(self._value(row, argument), "minus"))
             elif name == "labels":
+                if self.labels:
+                    (self.mapped if str(value) in self.labels else self.unmapped).add(str(value))
                 value = self.labels.get(str(value), value)
             elif name == "intervals":
                 value = _intervals(value, self._value(row, argument))
@@ -351,12 +449,27 @@ def seconds(value: Any, name: str, reason: Reason = Reason.BAD_EVENT) -> float:
     return float(value)
 
 
+def added(first: float, second: float) -> float:
+    """The sum of two times as they are written: 0.1 and 0.2 are 0.3."""
+    return float(Decimal(repr(first)) + Decimal(repr(second)))
+
+
 def clock_seconds(value: Any) -> float:
     """`00:16:16,059` to seconds. Raises RowError."""
     match = _CLOCK.fullmatch(str(value).strip())
     if match is None:
         raise RowError(Reason.BAD_EVENT, f"{str(value)[:80]!r} is no hours:minutes:seconds")
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3].replace(",", "."))
+
+
+def _object_of(value: Any) -> Any:
+    """`meta` as it was, where a table of ours holds it as the text of a JSON object."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value
+    return value
 
 
 def _record(found: dict[str, Any]) -> Record:
@@ -379,12 +492,12 @@ def _gather(meta: dict[str, Any], more: Mapping[str, Any]) -> None:
             meta[key] += [item for item in value if item not in meta[key]]
 
 
-def _keys_of(specs: Iterable[Any]) -> Iterator[str]:
+def keys_of(specs: Iterable[Any]) -> Iterator[str]:
     for spec in specs:
         if isinstance(spec, list):
-            yield from _keys_of(spec)
+            yield from keys_of(spec)
         elif isinstance(spec, Mapping):
-            yield from _keys_of(spec[name] for name in ("from", "minus", "intervals") if name in spec)
+            yield from keys_of(spec[name] for name in ("from", "minus", "intervals") if name in spec)
         elif isinstance(spec, str):
             slots = [match[1] for match in _SLOT.finditer(spec)] or [spec]
             for slot in slots:
@@ -436,10 +549,23 @@ def relative_audio(path: str, root: Path) -> str:
 
 def read_label_map(path: Path | None) -> dict[str, str]:
     """Two columns, parted by a tab or a comma. Raises typer.BadParameter (exit status 2)."""
-    labels: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8-sig").splitlines() if path else []:
-        label, tab, meaning = line.partition("\t") if "\t" in line else line.partition(",")
-        if not tab:
-            raise typer.BadParameter(f"{path}: {line[:80]!r} has no two columns", param_hint="--label-map")
-        labels[label.strip()] = meaning.strip().strip('"')
-    return labels
+    if path is None:
+        return {}
+    try:
+        with opened(path) as stream:
+            lines = stream.read().decode("utf-8-sig").splitlines()
+    except DAMAGE as error:
+        raise typer.BadParameter(
+            f"{damaged(path, error).detail}; save it as UTF-8", param_hint="--label-map"
+        ) from error
+    rows = list(
+        csv.reader(lines, delimiter="\t" if any("\t" in line for line in lines) else ",", skipinitialspace=True)
+    )
+    for number, cells in enumerate(rows, start=1):
+        if cells and len(cells) != 2:
+            columns = "columns" if len(cells) > 1 else "column"
+            detail = (
+                f"{path}: line {number} has {len(cells)} {columns}; two are needed, the set's label and its meaning"
+            )
+            raise typer.BadParameter(detail, param_hint="--label-map")
+    return {cells[0].strip(): cells[1].strip() for cells in rows if cells}

@@ -23,8 +23,8 @@ import soundfile
 from rich.console import Console
 from rich.progress import open as open_with_progress
 
-from echo_plugins.audio import SAMPLING_RATE, parse_fragment
-from echo_plugins.model import OmniFamily, family_of, hop_length
+from echo_plugins.audio import SAMPLING_RATE, parse_fragment, too_long
+from echo_plugins.model import MAX_AUDIO_SECONDS, OmniFamily, family_of, hop_length, max_audio_seconds
 from echo_plugins.relisten.prompt import AUDIO_TAG
 from echo_plugins.relisten.segment import Segment
 
@@ -45,6 +45,7 @@ class Lengths:
     family: OmniFamily
     hop_length: int
     encode: Callable[[str], list[int]]
+    max_seconds: float = MAX_AUDIO_SECONDS
 
     @classmethod
     def of_model(cls, model_dir: str | Path) -> Lengths:
@@ -53,7 +54,7 @@ class Lengths:
 
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         encode = partial(tokenizer.encode, add_special_tokens=False)
-        return cls(family_of(model_dir), hop_length(model_dir), encode)
+        return cls(family_of(model_dir), hop_length(model_dir), encode, max_audio_seconds(model_dir))
 
     def num_tokens(self, row: dict[str, Any]) -> int:
         """Tokens of a row of `converters.sft_jsonl` in training. Raises BadRowError."""
@@ -65,7 +66,11 @@ class Lengths:
         if tags != len(audios):
             raise BadRowError(f"it has {tags} {AUDIO_TAG} tags for {len(audios)} audios")
         text_tokens = sum(len(self.encode(piece)) for piece in pieces)
-        audio_tokens = sum(self.family.num_audio_tokens(clip_samples(audio), self.hop_length) for audio in audios)
+        lengths = [clip_samples(audio) for audio in audios]
+        if (longest := max(lengths, default=0)) > self.max_seconds * SAMPLING_RATE:
+            words = too_long(audios[lengths.index(longest)], longest / SAMPLING_RATE, self.max_seconds)
+            raise BadRowError(f"{words}, or make the rows with converters.sft_jsonl --model, which leaves it out")
+        audio_tokens = sum(self.family.num_audio_tokens(length, self.hop_length) for length in lengths)
         return TEMPLATE_TOKENS + text_tokens + audio_tokens + AUDIO_BOUNDS * len(audios)
 
 

@@ -17,10 +17,11 @@ MIN_SEGMENT_SECONDS = 0.2  # 3,200 samples at 16 kHz; below it the audio encoder
 MAX_SEGMENTS = 8  # inserted clips a trajectory; the paper's policy uses 1.9 on average (section 5)
 
 # The longest body that can be a pair of times. It bounds every search, so that a tag of 10 MB costs nothing.
-MAX_BODY_CHARS = 64
+MAX_BODY_CHARS = 80
 
-# ASCII digits only: float() would take Unicode digits, `1_0`, `nan` and `1e9` as well.
-_TIME = r"[ \t\r\n]*([0-9]{1,9}(?:\.[0-9]{0,12})?)[ \t\r\n]*"
+# ASCII digits only: float() would take Unicode digits, `1_0`, `nan` and `1e9` as well. 21 decimals are the most that
+# Python writes for a float without an exponent: 17 digits after 0.0001.
+_TIME = r"[ \t\r\n]*([0-9]{1,9}(?:\.[0-9]{0,21})?)[ \t\r\n]*"
 _BODY = re.compile(f"{_TIME},{_TIME}")
 
 

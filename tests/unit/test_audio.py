@@ -18,6 +18,7 @@ from echo_plugins.audio import (
     SAMPLING_RATE,
     AudioError,
     OutsideRootError,
+    TooLongError,
     crop,
     format_fragment,
     load,
@@ -375,3 +376,66 @@ def test_long_sound_is_measured_block_by_block(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("echo_plugins.audio._BLOCK_FRAMES", 7_000)
     assert probe(path).num_frames == 100_000
     assert np.array_equal(load(path), whole)
+
+
+def ape_tag(size: int) -> bytes:
+    """An APEv2 tag with a header, an item of `size` bytes and a footer."""
+    item = struct.pack("<II", size, 2) + b"Cover Art (Front)\0" + b"\x01" * size
+    fields = struct.pack("<III", 2_000, len(item) + 32, 1)
+    head, foot = struct.pack("<I8x", 0xA000_0000), struct.pack("<I8x", 0x8000_0000)
+    return b"APETAGEX" + fields + head + item + b"APETAGEX" + fields + foot
+
+
+@pytest.mark.parametrize("tail", [ape_tag(60_000), ape_tag(60_000) + b"TAG" + bytes(125)], ids=["ape", "ape and id3v1"])
+def test_an_mp3_with_a_cover_at_its_end_is_read(tmp_path: Path, tail: bytes) -> None:
+    file = tmp_path / "a.mp3"
+    soundfile.write(file, tone(2.0), 16_000, format="MP3")
+    plain = file.read_bytes()
+    file.write_bytes(plain + tail)
+    assert np.array_equal(load(file), load(plain))
+    file.write_bytes(plain + b"\x01" * len(tail))
+    with pytest.raises(AudioError, match="before its end"):
+        load(file)
+
+
+def test_what_the_header_calls_too_long_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "long.flac"
+    soundfile.write(file, np.zeros(16_000 * 31), 16_000)
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **kwargs: pytest.fail("decoded"))
+    with pytest.raises(TooLongError, match=r"31\.0 s; the model hears the first 30 s"):
+        probe(file, 30)
+
+
+def test_sound_of_unknown_length_is_decoded_no_further_than_the_window(tmp_path: Path) -> None:
+    file = tmp_path / "piped.wav"
+    soundfile.write(file, np.zeros(16_000 * 31), 16_000)
+    raw = bytearray(file.read_bytes())
+    raw[40:44] = b"\xff\xff\xff\xff"
+    file.write_bytes(raw)
+    with pytest.raises(TooLongError):
+        probe(file, 30)
+    assert probe(file).duration_seconds == 31
+
+
+def test_links_that_leave_the_root_are_followed_when_told_so(tmp_path: Path) -> None:
+    blob, root = tmp_path / "blobs" / "1f", tmp_path / "snapshots" / "abc"
+    blob.parent.mkdir()
+    root.mkdir(parents=True)
+    soundfile.write(blob, np.zeros(16_000), 16_000, format="WAV")
+    (root / "a.wav").symlink_to("../../blobs/1f")
+    (root / "gone.wav").symlink_to("../../blobs/2f")
+    with pytest.raises(OutsideRootError, match="--follow-links"):
+        resolve_path(root, "a.wav")
+    assert probe(resolve_path(root, "a.wav", follow_links=True)).num_samples == 16_000
+    for follow_links in (False, True):
+        with pytest.raises(OutsideRootError, match="relative to"):
+            resolve_path(root, "../../blobs/1f", follow_links)
+    with pytest.raises(AudioError, match="a link to"):
+        resolve_path(root, "gone.wav", follow_links=True)
+
+
+def test_a_windows_path_is_refused_with_the_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.wav").touch()
+    with pytest.raises(AudioError, match="with / in the place of"):
+        resolve_path(tmp_path, "sub\\a.wav")

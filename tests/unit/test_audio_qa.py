@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_plugins.audio_qa import AudioQA, Event, Reason, RowError, check_tags, check_times, read_rows
+from echo_plugins.audio_qa import AudioQA, Event, Reason, RowError, check_tags, check_times, parse_row, read_rows
 
 GOOD: dict[str, Any] = {
     "id": "a-1",
@@ -174,15 +176,31 @@ def test_a_tag_that_no_clip_would_follow_is_refused(text: str, reason: Reason) -
 
 
 def test_text_is_written_as_the_tokenizers_write_it() -> None:
-    import unicodedata
-
     decomposed = [unicodedata.normalize("NFD", text) for text in ("ein Käuzchen", "ein Hund")]
     record = AudioQA.from_json(row(choices=decomposed, answer=decomposed[0], think=None, question="Was hört man?"))
     assert record.answer == "ein Käuzchen" == record.choices[0]
     assert record.question == "Was hört man?"
 
 
-@pytest.mark.parametrize("hidden", ["\x00", "\u200b", "\u202e", "\u2066", "\ufeff"])
+def test_captions_and_labels_are_nfc_too_but_a_file_keeps_its_name() -> None:
+    nfd = unicodedata.normalize("NFD", "Käuzchen")
+    events = [{"label": nfd, "start": 0, "end": 1, "text": nfd}]
+    record = AudioQA.from_json(row(audio=f"{nfd}.wav", meta={"captions": [nfd]}, events=events, other={"a": nfd}))
+    assert record.meta == {"captions": ["Käuzchen"], "other": {"a": "Käuzchen"}}
+    assert record.events[0] == Event("Käuzchen", 0.0, 1.0, {"text": "Käuzchen"})
+    assert record.audio == f"{nfd}.wav"
+
+
+@pytest.mark.parametrize("name", ["id", "audio"])
+def test_a_file_name_that_is_no_utf_8_is_refused(name: str) -> None:
+    assert reason_of(GOOD | {name: "caf\udce9.wav"}) is Reason.NOT_UTF8
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [*"\x00\x07\x85\u061c\u200b\u200e\u200f\u202e\u2060\u2066\ufeff", "\ud800"],
+    ids=lambda hidden: f"{ord(hidden):04X}",
+)
 def test_a_character_that_nobody_sees_is_named(hidden: str) -> None:
     with pytest.raises(RowError, match=f"U\\+{ord(hidden):04X}"):
         AudioQA.from_json(row(question=f"a{hidden}b"))
@@ -198,6 +216,10 @@ def test_a_character_that_nobody_sees_is_named(hidden: str) -> None:
         (["A minor", "B minor"], "A minor", ["A minor", "B minor"], "A minor"),
         (["(A) a car", "a dog"], "a dog", ["(A) a car", "a dog"], "a dog"),
         (["(B) a car", "(A) a dog"], "(A) a dog", ["(B) a car", "(A) a dog"], "(A) a dog"),
+        (["a) a car", "b) a dog"], "a dog", ["a car", "a dog"], "a dog"),
+        (["\uff08A\uff09车", "\uff08B\uff09狗"], "\uff08B\uff09狗", ["车", "狗"], "狗"),
+        (["\uff21\u3001车", "\uff22\u3001狗"], "\uff21\u3001车", ["车", "狗"], "车"),
+        (["A.M.", "B.C."], "B.C.", ["A.M.", "B.C."], "B.C."),
     ],
 )
 def test_choices_lose_letters_of_their_own_and_nothing_else(
@@ -205,6 +227,16 @@ def test_choices_lose_letters_of_their_own_and_nothing_else(
 ) -> None:
     record = AudioQA.from_json(row(choices=choices, answer=answer))
     assert (list(record.choices), record.answer) == (bare, right)
+
+
+@pytest.mark.parametrize("choices", [["A. a car", "B. a car"], ["(A) a car", "(B) A  car."]])
+def test_choices_that_are_equal_without_their_letters_are_refused(choices: list[str]) -> None:
+    assert reason_of(row(choices=choices, answer=choices[0])) is Reason.DUPLICATE_CHOICE
+
+
+@given(st.floats(1e-4, 300, allow_nan=False), st.floats(0.3, 300))
+def test_a_time_as_python_writes_it_is_a_time_of_a_tag(start: float, length: float) -> None:
+    check_tags(f"<seg>{start!r}, {start + length!r}</seg>", None)
 
 
 def test_a_tag_may_pass_the_end_by_the_rounding() -> None:
@@ -218,6 +250,10 @@ def test_times_are_held_against_the_decoded_clip() -> None:
     for changes, seconds in (({}, 3.9), ({"duration": None}, 1.2), ({"duration": None, "think": None}, 1.2)):
         with pytest.raises(RowError):
             check_times(AudioQA.from_json(row(**changes)), seconds)
+
+
+def ignore(num_bytes: int) -> None:
+    pass
 
 
 def read(path: Path, content: bytes) -> list[tuple[int, object]]:
@@ -235,7 +271,7 @@ def test_jsonl_is_read_line_by_line_with_its_line_numbers(tmp_path: Path) -> Non
         (4, {"a": 2}),
         (5, Reason.NOT_JSON),
         (6, Reason.NOT_JSON),
-        (7, Reason.NOT_JSON),
+        (7, Reason.NOT_UTF8),
         (8, [1]),
         (9, {"a": 3}),
     ]
@@ -256,7 +292,7 @@ def test_a_json_list_is_read_with_the_line_where_each_row_begins(tmp_path: Path)
         (b'[{"a": 1}\n{"a": 2}]', [(1, {"a": 1}), (2, Reason.NOT_JSON)]),
         (b'[{"a": 1}', [(1, {"a": 1}), (1, Reason.NOT_JSON)]),
         (b'[{"a": NaN}, 2]', [(1, Reason.NOT_JSON), (1, 2)]),
-        (b'["\xff"]', [(1, Reason.NOT_JSON)]),
+        (b'["\xff", {"a": 2}]', [(1, Reason.NOT_UTF8), (1, {"a": 2})]),
         (b"[" * 100_000, [(1, Reason.NOT_JSON)]),
         (b'{"a":' * 100_000, [(1, Reason.NOT_JSON)]),
     ],
@@ -277,3 +313,59 @@ def test_a_list_in_any_layout_reads_as_json_does(
         return
     content = json.dumps(values, indent=indent, ensure_ascii=False).encode()
     assert [value for _, value in read(tmp_path_factory.mktemp("list") / "a.json", content)] == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "twice"),
+    [
+        (b'{"a": 1, "a": 2}', "a"),
+        (b'{"a": {"b": 1, "b" : 1}}', "b"),
+        ('{"a": 1, "\\u0061": 2}', "a"),
+        (b'{"a": "b\\": 1", "c": [{"a": 1}, {"a": 1}]}', None),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named(raw: bytes | str, twice: str | None) -> None:
+    value = parse_row(raw)
+    assert (isinstance(value, RowError) and value.reason is Reason.DUPLICATE_KEY) == (twice is not None)
+    assert twice is None or f"the key {twice!r}" in str(value)
+
+
+LINES = b"".join(b'{"a": "caf\xc3\xa9 %d"}\n' % number for number in range(2_000))
+ROWS = [(number + 1, {"a": f"caf\u00e9 {number}"}) for number in range(2_000)]
+
+
+def test_gzip_and_utf_16_are_read_as_what_they_are(tmp_path: Path) -> None:
+    text = LINES.decode()
+    utf_16 = text.encode("utf-16")
+    for content in (gzip.compress(LINES), utf_16, ("\ufeff" + text).encode("utf-16-be"), gzip.compress(utf_16)):
+        (tmp_path / "a").write_bytes(content)
+        assert list(read_rows(tmp_path / "a", ignore)) == ROWS
+
+
+@pytest.mark.parametrize("harm", ["cut", "block", "sum", "trailing", "utf-16"])
+def test_a_damaged_file_gives_its_rows_so_far_and_one_error_with_its_name(tmp_path: Path, harm: str) -> None:
+    packed = bytearray(gzip.compress(LINES))
+    if harm == "cut":
+        del packed[len(packed) // 2 :]
+    elif harm == "block":
+        packed[len(packed) // 2 : len(packed) // 2 + 40] = b"\xff" * 40
+    elif harm == "sum":
+        packed[-6] ^= 1
+    elif harm == "trailing":
+        packed += b"garbage"
+    else:
+        packed = bytearray(LINES.decode().encode("utf-16")[:-1])
+    (tmp_path / "a.gz").write_bytes(packed)
+    *rows, (line, last) = read_rows(tmp_path / "a.gz", ignore)
+    assert harm == "block" or rows == ROWS[: len(rows)]
+    assert isinstance(last, RowError) and last.fatal and line == len(rows) + 1
+    assert str(tmp_path / "a.gz") in last.detail and "the rest is not read" in last.detail
+
+
+def test_an_object_around_the_rows_is_refused_with_the_name_of_its_list(tmp_path: Path) -> None:
+    wrapped = json.dumps({"version": 1, "data": [{"a": 1}, {"a": 2}]}, indent=1)
+    (tmp_path / "a.json").write_text(wrapped)
+    ((_, value),) = read_rows(tmp_path / "a.json", ignore)
+    assert isinstance(value, RowError) and "2 rows" in value.detail and '.["data"]' in value.detail
+    (tmp_path / "b.json").write_text(json.dumps(GOOD, indent=1))
+    assert list(read_rows(tmp_path / "b.json", ignore)) == [(1, GOOD)]

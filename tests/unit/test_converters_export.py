@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from converters import conversion, rl_parquet, sft_jsonl
+from converters import conversion, hf_parquet, rl_parquet, sft_jsonl
 from converters.atomic import StagedFile
+from converters.check import app as check_app
 from converters.conversion import AudioFile
 from converters.sft_jsonl import interleave, without_tags
 from echo_plugins.audio import load, load_fragment, parse_fragment
@@ -339,7 +340,7 @@ def test_audio_tokens_are_counted_for_the_given_checkpoint(root: Path, tmp_path:
 def test_a_file_is_decoded_once_however_many_rows_name_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
     real = conversion.probe
-    monkeypatch.setattr(conversion, "probe", lambda path: decoded.append(path) or real(path))
+    monkeypatch.setattr(conversion, "probe", lambda path, most: decoded.append(path) or real(path, most))
     rows = [row(index, audio=("a.wav", "text.wav")[index % 2]) for index in range(200)]
     result, _ = export(sft_jsonl.app, rows, root, "--workers", 1)
     assert result.exit_code == 0, result.output
@@ -347,13 +348,55 @@ def test_a_file_is_decoded_once_however_many_rows_name_it(root: Path, monkeypatc
 
 
 def test_trusted_durations_spare_the_decoding_but_not_the_look(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "probe", lambda path: pytest.fail(f"decoded {path}"))
+    monkeypatch.setattr(conversion, "probe", lambda path, most: pytest.fail(f"decoded {path}"))
     rows = [row(0, duration=2.0), row(1, duration=2.0, audio="none.wav")]
     result, target = export(rl_parquet.app, rows, root, "--trust-durations")
     assert result.exit_code == 0, result.output
     (out,) = pq.read_table(target).to_pylist()
     assert out["extra_info"]["duration"] == 2.0
     assert read_rows(target.with_name("out.bin.rejected.jsonl"))[0]["reason"] == "audio_missing"
+
+
+@pytest.mark.parametrize("words", [(), ("--trust-durations",)])
+@pytest.mark.parametrize("app", [sft_jsonl.app, rl_parquet.app], ids=["sft_jsonl", "rl_parquet"])
+def test_a_clip_that_the_model_does_not_hear_to_its_end_is_refused(
+    root: Path, tmp_path: Path, app: typer.Typer, words: tuple[str, ...]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
+    (model / "preprocessor_config.json").write_text('{"hop_length": 160, "chunk_length": 30}')
+    soundfile.write(root / "45.wav", np.zeros(45 * 16_000), 16_000)
+    rows = [row(1, audio="45.wav", duration=45.0), row(2, audio="45.wav", duration=45.0), row(3, duration=2.0)]
+    result, target = export(app, rows, root, "--model", model, *words)
+    assert result.exit_code == 0, result.output
+    rejected = read_rows(target.with_name("out.bin.rejected.jsonl"))
+    assert [entry["reason"] for entry in rejected] == ["audio_too_long"] * 2
+    assert "the model hears the first 30 s" in rejected[0]["detail"]
+    result, _ = export(app, rows, root, *words)
+    assert "3 written" in result.stderr  # Qwen2.5-Omni as it is published hears 300 s
+    result = run(check_app, root.parent / "in.jsonl", "--audio-root", root, "--model", model)
+    assert result.exit_code == 1 and "2 with problems" in result.output
+    result = run(app, root.parent / "in.jsonl", target, "--audio-root", root, "--model", root)
+    assert result.exit_code == 2 and "--model" in result.output
+
+
+@pytest.mark.parametrize("app", [rl_parquet.app, hf_parquet.app], ids=["rl_parquet", "hf_parquet"])
+def test_a_trusted_file_that_cannot_be_embedded_costs_its_own_rows(root: Path, app: typer.Typer) -> None:
+    rows = [row(1, audio="text.wav", duration=2.0), row(2, duration=2.0)]
+    result, target = export(app, rows, root, "--trust-durations", "--embed-audio")
+    assert result.exit_code == 0, result.output
+    (rejected,) = read_rows(target.with_name("out.bin.rejected.jsonl"))
+    assert rejected["reason"] == "audio_unreadable" and "text.wav" in rejected["detail"]
+
+
+def test_links_out_of_the_root_are_followed_when_told_so(root: Path) -> None:
+    (root / "a.wav").rename(root.parent / "1f")
+    (root / "a.wav").symlink_to("../1f")
+    for words, status in (((), 1), (("--follow-links",), 0)):
+        result, target = export(sft_jsonl.app, [row()], root, *words)
+        assert result.exit_code == status, result.output
+    assert read_rows(target)[0]["audios"] == [str(root / "a.wav")]
 
 
 def test_when_no_row_is_good_the_old_file_stays_and_the_command_fails(root: Path) -> None:
@@ -427,9 +470,11 @@ def test_a_kill_in_the_middle_leaves_no_half_written_file(root: Path) -> None:
 def test_an_id_is_known_again_however_long_ago_it_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "_LATEST_IDS", 7)
     seen = conversion.SeenIds()
-    assert all(seen.add(f"row-{index}") for index in range(100))
-    assert not any(seen.add(f"row-{index}") for index in range(100))
-    assert seen.add("")
+    assert not any(seen.add(f"row-{index}", index) for index in range(100))
+    for index in range(100):
+        twin = seen.add(f"row-{index}", 200)
+        assert twin and twin.detail == f"id 'row-{index}' stands in line {index} too"
+    assert seen.add("", 300) is None
 
 
 def test_a_staged_file_appears_on_commit_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 from collections import Counter
@@ -337,7 +338,11 @@ LAYOUTS: dict[str, Layout] = {
         bad=(
             (
                 json.dumps({"audio_filepath": wav(GOOD), "duration": 1.0, "offset": 0.5, "text": "x"}) + "\n",
-                "bad_duration",
+                "not_a_whole_recording",
+            ),
+            (
+                json.dumps({"audio_filepath": wav(GOOD), "duration": None, "offset": 0.5, "text": "x"}) + "\n",
+                "not_a_whole_recording",
             ),
         ),
     ),
@@ -454,7 +459,7 @@ def test_speaker_turns_are_gathered_by_file(tmp_path: Path, sounds: dict[str, by
     result = run(rttm.app, source, target, "--audio-root", root)
     turns = [{"label": who, "start": at, "end": at + 0.5, "kind": "speech"} for at, who in ((0.0, "s1"), (1.0, "s2"))]
     good = {"id": GOOD, "audio": wav(GOOD), "events": turns, "duration": 2.0, "meta": {"domain": "speech"}}
-    judge(result, target, good, Counter(bad_event=2, incomplete_labels=1))
+    judge(result, target, good, Counter(bad_event=1, not_a_table=1, incomplete_labels=1))
     assert [record["id"] for record in rows_of(target)] == [GOOD]  # the other clip has a line that stops short
 
 
@@ -469,7 +474,7 @@ def test_timed_words_become_events_and_a_transcript(tmp_path: Path, sounds: dict
     ]
     meta = {"domain": "speech", "transcript": "good day"}
     good = {"id": GOOD, "audio": wav(GOOD), "events": words, "duration": 2.0, "meta": meta}
-    judge(result, target, good, Counter(bad_event=2, incomplete_labels=1))
+    judge(result, target, good, Counter(bad_event=1, not_a_table=1, incomplete_labels=1))
 
 
 TEXT_GRID = """File type = "ooTextFile"
@@ -590,13 +595,13 @@ def test_hugging_face_audio_is_written_out_undecoded(
     result = run(hf.app, folder, target, "--audio-root", root, *words)
     good = {
         "id": "set-0000001",
-        "audio": "mine/set-0000001.wav",
+        "audio": f"mine/{hashlib.sha256(sounds[GOOD] or b'').hexdigest()[:24]}.wav",
         "question": "q?",
         "choices": ["a", "b"],
         "answer": "b",
     }
     judge(result, target, good | {"duration": 2.0}, Counter())
-    assert (root / "mine/set-0000001.wav").read_bytes() == sounds[GOOD]
+    assert (root / good["audio"]).read_bytes() == sounds[GOOD]
     result = run(hf.app, folder, target, "--audio-root", root)
     assert result.exit_code == 2 and "sound" in result.output
 

@@ -240,6 +240,21 @@ def test_a_file_in_the_way_of_the_shards_is_wrong_usage(folder: Path) -> None:
     assert (folder / "out").read_text() == "mine"
 
 
+def test_an_export_deletes_and_mixes_with_nothing_that_it_did_not_write(folder: Path) -> None:
+    assert run(sft_jsonl.app, folder, "out", "--shard-rows", 250).exit_code == 0
+    (folder / "out" / "part-thesis.docx").write_text("mine")
+    before = contents(folder / "out")
+    result = run(rl_parquet.app, folder, "out", "--shard-rows", 250)
+    assert result.exit_code == 2 and "sft_jsonl" in result.output and contents(folder / "out") == before
+    assert run(sft_jsonl.app, folder, "out", "--shard-rows", 500).exit_code == 0
+    assert (folder / "out" / "part-thesis.docx").read_text() == "mine"
+    assert len(list((folder / "out").glob("part-0*"))) == 2
+    (folder / "papers").mkdir()
+    (folder / "papers" / "part-00000.jsonl").write_text("mine")
+    result = run(sft_jsonl.app, folder, "papers", "--shard-rows", 250)
+    assert result.exit_code == 2 and (folder / "papers" / "part-00000.jsonl").read_text() == "mine"
+
+
 def test_a_worker_that_dies_ends_the_command_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "_PROCESSES_FROM_BYTES", 0)
     monkeypatch.setattr(sft_jsonl, "from_manifest", _die)

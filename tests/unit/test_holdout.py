@@ -65,3 +65,33 @@ def test_of_a_small_set_no_more_than_a_share_is_held(source: Path) -> None:
     command = [sys.executable, "-m", "converters.holdout", str(source), "--rows", "100", "--most-share", "0.25"]
     subprocess.run([*command, "--held", str(held), "--rest", str(rest)], check=True, cwd=ROOT)
     assert (len(rows_of(held)), len(rows_of(rest))) == (15, 45)
+
+
+def test_a_json_list_is_divided_like_lines(source: Path) -> None:
+    hold(source, 10)
+    lines = source.with_name("held.jsonl").read_bytes()
+    source.write_bytes(orjson.dumps(rows_of(source), option=orjson.OPT_INDENT_2))
+    done, held, rest = hold(source, 10)
+    assert done.returncode == 0 and source.with_name("held.jsonl").read_bytes() == lines
+    assert len(held) + len(rest) == 60
+
+
+def test_blank_lines_do_not_count_as_a_recording(source: Path) -> None:
+    source.write_bytes(b'{"id": "1", "audio": "a.wav"}\n\nno json\n')
+    done, held, _ = hold(source, 1)
+    assert done.returncode == 1 and "would leave none" in done.stderr and not held
+
+
+def test_a_file_cut_in_the_middle_is_refused(source: Path) -> None:
+    source.write_bytes(orjson.dumps(rows_of(source))[:400])
+    done, held, rest = hold(source, 10)
+    assert done.returncode == 1 and "not read" in done.stderr and not held and not rest
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "rest.jsonl"])
+def test_no_two_of_the_files_may_be_one(source: Path, name: str) -> None:
+    before = source.read_bytes()
+    command = [sys.executable, "-m", "converters.holdout", str(source), "--rows", "10"]
+    words = ["--held", str(source.with_name(name)), "--rest", str(source.with_name("rest.jsonl"))]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and source.read_bytes() == before
