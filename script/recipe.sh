@@ -129,11 +129,14 @@ stage_sft() {
 # Before RL costs anything: what the model of stage 1 scores, and whether RL can gain by listening elsewhere.
 stage_gate() {
   [[ "$EVAL_BEFORE_RL" == 1 ]] || return 0
-  local options=(--after data) rows
+  local options=(--after data) said="$GATE_DIR/grounding.txt" rows
+  rows="$GATE_DIR/$(basename "$eval_audio_qa" .jsonl)/interleaved.jsonl"
   if [[ "$(rl_base)" == "$SFT_DIR/last" ]]; then options+=(--after sft); fi
   stage gate --output "$GATE_DIR" "${options[@]}" --learned WORDS_TEXT -- infer "$(rl_base)" "$GATE_DIR"
-  rows="$GATE_DIR/$(basename "$eval_audio_qa" .jsonl)/interleaved.jsonl"
-  [[ "$DRY_RUN" == 1 || ! -e "$rows" ]] || "$PYTHON" -m eval.grounding "$rows" >&2 || true  # data without events
+  if [[ "$DRY_RUN" != 1 && -e "$rows" && ! -e "$said" ]]; then
+    "$PYTHON" -m eval.grounding "$rows" > "$said" || true  # data without events
+    cat "$said" >&2
+  fi
 }
 
 stage_rl() {

@@ -32,6 +32,8 @@ SMALL |= {
     "RL_STEPS": "1",
     "RL_GROUP": "2",
     "RL_MAX_RESPONSE": "48",
+    "RL_WORKERS": "1",
+    "EVAL_BEFORE_RL": "0",
     "EVAL_MODES": "interleaved",
     "EVAL_MAX_TOKENS": "48",
 }

@@ -84,8 +84,8 @@ KILL_WHEN: dict[str, Callable[[Chain], bool]] = {
 
 
 def environment_of(chain: Chain) -> dict[str, str]:
-    settings = {"QUICK": "1", "RL_STEPS": "3", "DATA_TEST_ROWS": "48", "PYTHON": sys.executable}
-    return {**os.environ, **settings, "RUN_DIR": str(chain.run_dir)}
+    settings = {"QUICK": "1", "RL_STEPS": "3", "RL_WORKERS": "1", "RL_BYPASS": "False", "DATA_TEST_ROWS": "48"}
+    return {**os.environ, **settings, "PYTHON": sys.executable, "RUN_DIR": str(chain.run_dir)}
 
 
 def start(chain: Chain, log: Path) -> subprocess.Popen[bytes]:
@@ -175,20 +175,21 @@ def test_rollouts_and_actor_give_sampled_tokens_the_same_probability(chain: Chai
 
 def test_inference_repeats_and_loses_no_row(chain: Chain) -> None:
     expected = [json.loads(line)["id"] for line in (chain.run_dir / "data" / "soundscapes" / "test.jsonl").open()]
-    for mode in ("interleaved", "grounded", "plain"):
-        path = chain.run_dir / "eval" / "test" / f"{mode}.jsonl"
-        assert Counter(json.loads(line)["id"] for line in path.open()) == Counter(expected), mode
+    for folder in ("gate", "eval"):
+        path = chain.run_dir / folder / "test" / "interleaved.jsonl"
+        assert Counter(json.loads(line)["id"] for line in path.open()) == Counter(expected), folder
     for path, before in chain.predictions.items():
         assert path.read_bytes().startswith(before), f"{path.name}: rows from before the kill were written again"
 
 
 def test_the_closing_table_says_what_was_run_and_what_it_scores(chain: Chain) -> None:
     summary = json.loads((chain.run_dir / "summary.json").read_text())
-    assert [stage["stage"] for stage in summary["stages"]] == ["data", "sft", "rl", "merge", "infer"]
-    assert {score["mode"] for score in summary["scores"]} == {"interleaved", "grounded", "plain"}
+    assert [stage["stage"] for stage in summary["stages"]] == ["data", "sft", "gate", "rl", "merge", "infer"]
+    assert [score["name"] for score in summary["scores"]] == ["test, SFT", "test"], "before RL, and after it"
     for score in summary["scores"]:
         low, high = score["official_interval"]
         assert 0 <= low <= score["official_accuracy"] <= high <= 1
+    assert "hits (95%)" in (chain.run_dir / "gate" / "grounding.txt").read_text()
     assert "Scores" in chain.output and str(chain.run_dir) in chain.output
 
 
@@ -205,7 +206,7 @@ def test_a_run_that_moved_has_its_rows_written_again_and_nothing_else(chain: Cha
     try:
         again = run_again(chain, RUN_DIR=str(moved))
         assert again.returncode == 0, again.stderr
-        assert "data: makes what is missing" in again.stderr and again.stderr.count("skipped") == 4
+        assert "data: makes what is missing" in again.stderr and again.stderr.count("skipped") == 5
         assert str(moved) in (moved / "data" / "sft-rows.jsonl").read_text()
     finally:
         moved.rename(chain.run_dir)
@@ -226,6 +227,6 @@ def test_a_finished_run_has_nothing_left_to_do_and_leaves_no_process(chain: Chai
     before = {path: path.stat().st_mtime_ns for path in chain.run_dir.glob("manifests/*.json")}
     again = run_again(chain)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("skipped") == 5
+    assert again.stderr.count("skipped") == 6
     assert before == {path: path.stat().st_mtime_ns for path in chain.run_dir.glob("manifests/*.json")}
     assert not processes_of(chain.run_dir)
