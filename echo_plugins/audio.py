@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -227,7 +227,7 @@ def _blocks(source: AudioSource, max_seconds: float = math.inf) -> Iterator[tupl
         stream_size = stream.seek(0, io.SEEK_END)
         stream.seek(start)
         try:
-            with soundfile.SoundFile(_Seekable(stream)) as file:
+            with soundfile.SoundFile(cast(BinaryIO, _Seekable(stream))) as file:
                 declared, rate, num_frames = file.frames, file.samplerate, 0
                 if max_seconds < declared / rate and declared < _UNKNOWN_FRAMES:
                     raise TooLongError(too_long(name, declared / rate, max_seconds))
