@@ -176,16 +176,18 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f}"
 
 
-def show(name: str, groups: Mapping[str, Grounding]) -> Table:
-    table = Table(title=f"{name}: shares in %", title_justify="left", box=None)
-    for heading in ("rows of", "number", "hits", "right", "with a hit", "without", "difference", "mean IoU"):
-        table.add_column(heading, no_wrap=True)
-    for heading in (f"recall at {', '.join(f'{level:g}' for level in RECALL_AT)}", "precision", "coverage", "repeated"):
-        table.add_column(heading)
+def show(name: str, groups: Mapping[str, Grounding]) -> tuple[Table, Table]:
+    """Whether listening pays, and where the clips are."""
+    pays, places = (Table(title=title, title_justify="left", box=None) for title in (f"{name}, in %", ""))
+    for heading in ("", "rows", "hits (95%)", "right", "right with a hit", "without", "difference (95%)"):
+        pays.add_column(heading, no_wrap=heading.endswith("(95%)"))
+    recall = f"recall at {', '.join(f'{level:g}' for level in RECALL_AT)}"
+    for heading in ("", "mean IoU", recall, "precision", "coverage", "repeated"):
+        places.add_column(heading)
     for label, found in groups.items():
         low, high = found.hits_interval
         between = found.difference and f"[{100 * found.difference[0]:.0f}, {100 * found.difference[1]:.0f}]"
-        table.add_row(
+        pays.add_row(
             label or "all",
             str(found.rows),
             f"{100 * found.hits:.1f} [{100 * low:.0f}, {100 * high:.0f}]",
@@ -193,13 +195,16 @@ def show(name: str, groups: Mapping[str, Grounding]) -> Table:
             _percent(found.right_with_hit),
             _percent(found.right_without),
             between or "-",
+        )
+        places.add_row(
+            label or "all",
             f"{found.mean_iou:.2f}",
             " ".join(_percent(share) for share in found.recall.values()),
             _percent(found.precision),
             _percent(found.coverage),
             _percent(found.repeated),
         )
-    return table
+    return pays, places
 
 
 @app.command(help=__doc__)
@@ -217,7 +222,7 @@ def main(
             raise typer.Exit(1) from error
         numbers = {label: grounding(groups[label]) for label in sorted(groups)}
         found[str(file)] = {label or "all": asdict(group) for label, group in numbers.items()}
-        console.print(show(file.parent.name + "/" + file.stem, numbers))
+        console.print(*show(str(file), numbers), sep="\n")
         if left_out:
             console.print(f"{left_out} rows are left out: no event has a label that they mention.")
         console.print(verdict(numbers[""]), "")

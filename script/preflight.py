@@ -98,12 +98,12 @@ BOOLEANS: dict[str, str] = dict.fromkeys(("true", "false"), "true false")
 BOOLEANS |= dict.fromkeys(("True", "False"), "True False true false")
 OR_FILE = {"SFT_DEEPSPEED": (".json",), "REWARD_PRESET": (".yaml", ".yml")}
 SEVERAL = {"EVAL_MODES": r"\S+", "EVAL_ARMS": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
-CHECKED_ELSEWHERE = ("SFT_MODE", "RL_LOSS", "RL_LORA_TARGETS", "RL_ARGS", "BENCHMARKS")
+CHECKED_ELSEWHERE = ("NODE_LAUNCHER", "SFT_MODE", "RL_LOSS", "RL_LORA_TARGETS", "RL_ARGS", "BENCHMARKS")
 # The other settings are numbers: whole ones from 1 where the default is whole or empty, otherwise any above 0.
 DECIMAL = "SFT_EPOCHS SFT_LORA_ALPHA RL_LORA_ALPHA RL_ENTROPY RL_TIMEOUT RL_TIS RL_VAL_TEMPERATURE TRAJECTORY_MEGABYTES"
-FROM_0 = """NUM_GPUS SEED MAX_SEGMENTS RL_HOLDOUT EVAL_HOLDOUT SFT_WORKERS RL_KEEP_CHECKPOINTS TRAJECTORY_ROWS RL_KL
-EVAL_FORCE_ANSWER_TOKENS EVAL_TEMPERATURE RL_VAL_TEMPERATURE SFT_WEIGHT_DECAY RL_WEIGHT_DECAY SFT_WARMUP_RATIO
-RL_CLIP_LOW RL_CLIP_HIGH RL_ENTROPY RL_MAX_FAILED RL_LORA_RANK"""
+FROM_0 = """NUM_GPUS SEED MAX_SEGMENTS RL_HOLDOUT EVAL_HOLDOUT SFT_WORKERS SFT_EVAL_STEPS RL_KEEP_CHECKPOINTS RL_KL
+TRAJECTORY_ROWS TRAJECTORY_SHOWN EVAL_FORCE_ANSWER_TOKENS EVAL_TEMPERATURE RL_VAL_TEMPERATURE SFT_WEIGHT_DECAY
+RL_WEIGHT_DECAY SFT_WARMUP_RATIO RL_CLIP_LOW RL_CLIP_HIGH RL_ENTROPY RL_MAX_FAILED RL_LORA_RANK"""
 LOWEST = {"SFT_MAX_STEPS": -1, "RL_WARMUP_STEPS": -1, "RL_TEST_FREQ": -1, "RL_GROUP": 2}
 LOWEST |= dict.fromkeys(FROM_0.split(), 0)
 UP_TO_1 = ("SFT_WARMUP_RATIO", "RL_GPU_MEMORY", "RL_MAX_FAILED", "EVAL_TOP_P")
@@ -183,6 +183,9 @@ def combinations(settings: Settings, stages: Sequence[str]) -> Problems:
         if stage in stages and number % divisor:
             text = f"{name} is no multiple of {divisor_name}"
             yield Problem(text, f"{-(-number // divisor) * divisor} would be one: change one of these settings.")
+    if "sft" in stages and settings["NUM_NODES"] != "1" and not settings["NODE_LAUNCHER"]:
+        text = f"NUM_NODES={settings['NUM_NODES']} and no NODE_LAUNCHER, which starts SFT on each node"
+        yield Problem(text, "Use script/slurm.sh, or see recipes/echo-7b/README.md.")
     lora, dtype, words = settings["SFT_TUNER"] == "lora", settings["SFT_DTYPE"], settings["WORDS_TEXT"].split()
     if "sft" in stages and lora and not settings.on("SFT_FREEZE_AUDIO"):
         text = "SFT_TUNER=lora does not train the audio tower, and SFT_FREEZE_AUDIO is false"

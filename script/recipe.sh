@@ -84,6 +84,9 @@ prepare_data() {
   fi
   run "$PYTHON" -m converters.sft_jsonl "$sft_audio_qa" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
     --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
+  # Held rows for the loss that SFT evaluates; none where they have no reasoning.
+  run "$PYTHON" -m converters.sft_jsonl "$val_rows" "$DATA_DIR/sft-val-rows.jsonl" --audio-root "$audio_root" \
+    --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "${SFT_WITHOUT_THINK/refuse/skip}"
   run "$PYTHON" -m converters.rl_parquet "$rl_rows" "$DATA_DIR/rl.parquet" --audio-root "$audio_root" \
     --model "$base_model" --mode "$RL_MODE"
   run "$PYTHON" -m converters.rl_parquet "$val_rows" "$DATA_DIR/val.parquet" --audio-root "$audio_root" \
@@ -119,7 +122,7 @@ stage_sft() {
   [[ -z "${RL_MODEL:-}" ]] || { note "sft: left out, RL starts from RL_MODEL=$RL_MODEL"; return; }
   has_sft || { note "sft: left out, the rows have no reasoning. RL starts from $base_model"; return; }
   stage sft --output "$SFT_DIR" --after data --model "the base model=$base_model" --learned WORDS_TEXT -- \
-    env MODEL="$base_model" TRAIN_FILE="$DATA_DIR/sft-rows.jsonl" OUTPUT_DIR="$SFT_DIR" \
+    env MODEL="$base_model" TRAIN_FILE="$DATA_DIR/sft-rows.jsonl" VAL_FILE="$DATA_DIR/sft-val-rows.jsonl" OUTPUT_DIR="$SFT_DIR" \
     bash "$ROOT/script/stage1_ground_reason.sh" "${WORDS[@]}"
 }
 

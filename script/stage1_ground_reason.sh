@@ -10,6 +10,7 @@ usage() {
 usage: MODEL=DIR TRAIN_FILE=rows.jsonl OUTPUT_DIR=DIR bash script/stage1_ground_reason.sh [WORDS]
 
 Trains MODEL on the rows that \`python -m converters.sft_jsonl\` wrote. OUTPUT_DIR/last is the trained model, complete.
+VAL_FILE, rows of the same kind: the loss on them is evaluated every SFT_EVAL_STEPS.
 WORDS go on to \`swift sft\`; what they say comes last and wins. Settings, as variables of the environment:
 
 $(explain_settings sft)
@@ -32,18 +33,33 @@ defaults sft
 [[ "$DEVICE" == cpu ]] || ((NUM_GPUS > 0)) || die "NUM_GPUS=$NUM_GPUS: DEVICE=cpu trains without a GPU" 2
 
 # The same batch on any number of GPUs: what they do not hold at once is accumulated.
-if [[ "$DEVICE" == cpu ]]; then AT_ONCE=$SFT_MICRO_BATCH; else AT_ONCE=$((SFT_MICRO_BATCH * NUM_NODES * NUM_GPUS)); fi
+if [[ "$DEVICE" == cpu ]]; then AT_ONCE=$((SFT_MICRO_BATCH * NUM_NODES)); else AT_ONCE=$((SFT_MICRO_BATCH * NUM_NODES * NUM_GPUS)); fi
 ((SFT_BATCH_SIZE % AT_ONCE == 0)) ||
   die "SFT_BATCH_SIZE=$SFT_BATCH_SIZE is no multiple of the $AT_ONCE rows that SFT_MICRO_BATCH=$SFT_MICRO_BATCH on NUM_GPUS=$NUM_GPUS holds at once" 2
 
 ENVIRONMENT=(env)
 DEVICE_FLAGS=()
+LAUNCHER=()
+if ((NUM_NODES > 1)); then
+  # This script runs once, on the first node. The launcher starts ms-swift on each, where torchrun's processes find each other.
+  [[ -n "$NODE_LAUNCHER" ]] ||
+    die "NUM_NODES=$NUM_NODES needs NODE_LAUNCHER, which runs a command once on each node: 'srun --ntasks-per-node=1' under Slurm" 2
+  read -ra LAUNCHER <<< "$NODE_LAUNCHER"
+  # shellcheck disable=SC2016  # a variable of the node
+  LAUNCHER+=(bash -c 'NODE_RANK="${SLURM_NODEID:?}" exec "$@"' node)
+  export MASTER_ADDR="${MASTER_ADDR:-$(hostname)}" MASTER_PORT="${MASTER_PORT:-29511}"
+fi
 if [[ "$DEVICE" == cuda ]]; then
   ENVIRONMENT+=("NPROC_PER_NODE=$NUM_GPUS" "NNODES=$NUM_NODES") # ms-swift starts one process a GPU
 else
   # One thread: two are no faster for so small a model, and on a busy machine they wait for each other. With NNODES or
   # NPROC_PER_NODE in the environment ms-swift would start torchrun.
-  ENVIRONMENT+=(-u NNODES -u NPROC_PER_NODE)
+  if ((NUM_NODES > 1)); then
+    ENVIRONMENT+=("NNODES=$NUM_NODES" NPROC_PER_NODE=1)
+    DEVICE_FLAGS+=(--ddp_backend gloo)
+  else
+    ENVIRONMENT+=(-u NNODES -u NPROC_PER_NODE)
+  fi
   ENVIRONMENT+=(CUDA_VISIBLE_DEVICES= "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
   DEVICE_FLAGS+=(--dataloader_pin_memory false)
 fi
@@ -89,6 +105,17 @@ ROWS="$OUTPUT_DIR/rows.jsonl"
 run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$TRAIN_FILE" "$ROWS" \
   --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/overlong.jsonl"
 
+# The loss on rows that are not trained on.
+EVALUATION=(--eval_strategy no)
+if ((SFT_EVAL_STEPS > 0)) && [[ -s "${VAL_FILE:-}" || ( "$DRY_RUN" == 1 && -n "${VAL_FILE:-}" ) ]]; then
+  run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$VAL_FILE" "$OUTPUT_DIR/val-rows.jsonl" \
+    --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/val-overlong.jsonl"
+  EVALUATION=(
+    --val_dataset "$OUTPUT_DIR/val-rows.jsonl" --val_dataset_shuffle false --per_device_eval_batch_size "$SFT_MICRO_BATCH"
+    --eval_strategy steps --eval_steps "$SFT_EVAL_STEPS"
+  )
+fi
+
 # Steps of the whole run, as transformers counts them. Words for ms-swift may give another number.
 planned_steps() {
   "$PYTHON" -c 'import math, sys
@@ -126,7 +153,7 @@ read -ra TRACKERS_LIST <<< "tensorboard ${TRACKERS//,/ }"
 mapfile -t REPORT_TO < <(printf '%s\n' "${TRACKERS_LIST[@]}" | sort -u)
 
 train() {
-  run "${ENVIRONMENT[@]}" "WANDB_MODE=${WANDB_MODE:-offline}" "WANDB_DIR=$OUTPUT_DIR" "$(dirname "$PYTHON")/swift" sft \
+  run "${LAUNCHER[@]}" "${ENVIRONMENT[@]}" "WANDB_MODE=${WANDB_MODE:-offline}" "WANDB_DIR=$OUTPUT_DIR" "$(dirname "$PYTHON")/swift" sft \
     --model "$MODEL" \
     --external_plugins "$ROOT/echo_plugins/for_swift/plugin.py" \
     --dataset "$ROWS" \
@@ -152,6 +179,7 @@ train() {
     --data_seed "$SEED" \
     --logging_steps "$SFT_LOG_STEPS" \
     --save_steps "$SFT_SAVE_STEPS" \
+    "${EVALUATION[@]}" \
     --save_total_limit "$SFT_SAVE_LIMIT" \
     --output_dir "$OUTPUT_DIR" \
     --add_version false \

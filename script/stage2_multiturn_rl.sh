@@ -44,14 +44,11 @@ LOGGERS="$(IFS=,; echo "console,file${loggers[*]:+,${loggers[*]}}")"
 # A path as a Hydra string: without quotes a blank, a comma or a bracket in it would mean something.
 hydra_string() { printf "'%s'" "${1//\'/\\\'}"; }
 
-everywhere=(  # on other nodes too
+environment=(  # of every process of the run, on other nodes too
   ECHO_FAILURE_FILE="$OUTPUT_DIR/failure.txt"
   VERL_FILE_LOGGER_PATH="$OUTPUT_DIR/metrics.jsonl" TENSORBOARD_DIR="$OUTPUT_DIR/tensorboard"
   WANDB_DIR="$OUTPUT_DIR" WANDB_MODE="${WANDB_MODE:-offline}"  # nothing leaves the machine unasked
   VLLM_PLUGINS="${VLLM_PLUGINS-}"  # ms-swift has one, and verl does not work in a process that has imported ms-swift
-)
-environment=(
-  "${everywhere[@]}"
   VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl  # unlike the entry point, an error in the plug-in ends the run
   PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
@@ -145,17 +142,10 @@ trainer=(
   trainer.rollout_data_dir="$(hydra_string "$OUTPUT_DIR/trajectories")"
   trainer.validation_data_dir="$(hydra_string "$OUTPUT_DIR/validation")"
   +echo_log.rows="$TRAJECTORY_ROWS" +echo_log.megabytes="$TRAJECTORY_MEGABYTES" +echo_log.ids="$TRAJECTORY_IDS"
+  +echo_log.shown="$TRAJECTORY_SHOWN"
   hydra.run.dir="$(hydra_string "$OUTPUT_DIR/hydra")"
 )
-# What other nodes of a cluster do not take over from this shell.
-ray=(
-  +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=echo_plugins.for_verl
-  +ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH="$(hydra_string "$ROOT${PYTHONPATH:+:$PYTHONPATH}")"
-)
-for variable in "${everywhere[@]}"; do
-  ray+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}=$(hydra_string "${variable#*=}")")
-done
-
+ray=()
 if [[ "$DEVICE" == cpu ]]; then
   # fp32 and no sleeping engine: what a GPU saves memory with needs a GPU. The rest of the block says "CPU" to each of
   # verl, vLLM and Ray; Ray's CPUs and GPUs are slots for processes here.
@@ -188,8 +178,9 @@ if [[ "$DEVICE" == cpu ]]; then
     trainer.device=cpu trainer.n_gpus_per_node="$RL_WORKERS"
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
   )
-  ray+=(
-    ray_kwargs.ray_init.num_cpus=32 +ray_kwargs.ray_init.num_gpus="$RL_WORKERS"
+  # A cluster that is joined has its own. Ray starts a Python process for each CPU, so no more than are used.
+  [[ -n "${RAY_ADDRESS:-}" ]] || ray+=(
+    ray_kwargs.ray_init.num_cpus="$((6 + 4 * RL_WORKERS))" +ray_kwargs.ray_init.num_gpus="$RL_WORKERS"
     +ray_kwargs.ray_init.object_store_memory=500000000
   )
 fi
@@ -207,6 +198,10 @@ if [[ -z "${RAY_ADDRESS:-}" ]]; then
     +ray_kwargs.ray_init.include_dashboard=False
   )
 fi
+# Nodes of a cluster that this shell has not started have none of it.
+for variable in "${environment[@]}"; do
+  ray+=("+ray_kwargs.ray_init.runtime_env.env_vars.${variable%%=*}=$(hydra_string "${variable#*=}")")
+done
 # shellcheck disable=SC2206  # RL_ARGS holds several words
 command=(
   env "${environment[@]}" "$PYTHON" -m verl.trainer.main_ppo "${data[@]}" "${algorithm[@]}" "${model[@]}" "${actor[@]}"

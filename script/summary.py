@@ -53,19 +53,21 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def sft_log(sft_dir: Path) -> str:
     """Steps and loss, from ms-swift's log. A resumed run logs on in the same file. Only every SFT_LOG_STEPS'th step has
     a line with its loss; the closing line has the number of the last step."""
-    losses, last = {}, 0
+    losses, last, held = {}, 0, ""
     for path in sorted(sft_dir.glob("logging.jsonl")):
         for line in json_lines(path):
             if "global_step/max_steps" in line:
                 step = int(str(line["global_step/max_steps"]).partition("/")[0])
                 last = max(last, step)
+                if "eval_loss" in line:
+                    held = f", {line['eval_loss']:.2f} on held rows"
                 if "loss" in line:
                     losses[step] = line["loss"]
     if not losses:
         return ""
     first, latest = min(losses), max(losses)
     loss = f"{losses[first]:.2f} -> {losses[latest]:.2f}" if first < latest else f"{losses[first]:.2f} at step {first}"
-    return f"{last} steps, loss {loss}"
+    return f"{last} steps, loss {loss}{held}"
 
 
 def rl_metrics(rl_dir: Path) -> dict[int, dict[str, float]]:
@@ -83,10 +85,11 @@ def rl_log(rl_dir: Path) -> str:
         return ""
     scores = [data["critic/score/mean"] for data in steps.values()]
     clips = [data.get("segments/inserted", 0.0) for data in steps.values()]
-    differences = [data.get("training/rollout_probs_diff_mean", 0.0) for data in steps.values()]
-    return (
-        f"{len(steps)} steps, reward {scores[0]:.2f} -> {scores[-1]:.2f}, "
-        f"{sum(clips) / len(clips):.2f} clips a trajectory, |rollout - actor| at most {max(differences):.0e}"
+    name = "training/rollout_probs_diff_mean"  # not with RL_BYPASS=True
+    differences = [data[name] for data in steps.values() if name in data]
+    clips_each = sum(clips) / len(clips)
+    return f"{len(steps)} steps, reward {scores[0]:.2f} -> {scores[-1]:.2f}, {clips_each:.2f} clips a trajectory" + (
+        f", |rollout - actor| at most {max(differences):.0e}" if differences else ""
     )
 
 
@@ -112,7 +115,7 @@ def scores(predictions: Path) -> Scores:
     totals = json.loads(predictions.with_suffix(".json").read_text())
     rows = list(json_lines(predictions))
     return Scores(
-        name=predictions.parent.name + (" before RL" if predictions.parent.parent.name == "gate" else ""),
+        name=predictions.parent.name + (", SFT" if predictions.parent.parent.name == "gate" else ""),
         mode=predictions.stem,
         total=totals["total"],
         unanswered=totals["unanswered"],
@@ -143,9 +146,9 @@ def show(run_dir: Path, stages: list[StageSummary], results: list[Scores]) -> No
         time = duration(stage.seconds) + (f", the last of {stage.starts} starts" if stage.starts > 1 else "")
         table.add_row(stage.stage, time, stage.what, stage.where)
     console.print(table, "")
-    table = Table(title="Scores in %, with 95% intervals", title_justify="left", box=None)
-    for heading in ("data", "mode", "rows", "official", "strict", "chance", "no answer", "clips a row"):
-        table.add_column(heading, no_wrap=heading in ("mode", "official", "strict"))
+    table = Table(title="Scores in %, with 95% intervals", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for heading in ("data", "mode", "rows", "official", "strict", "chance", "no answer", "clips"):
+        table.add_column(heading, no_wrap=heading in ("data", "mode", "official", "strict"))
     for result in results:
         table.add_row(
             result.name,

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every check of this repository: set-up, shell and Python lint, types, then the tests.
 #
-#   bash script/test.sh [LAYER ...] [-- WORDS]     LAYER: lint unit plugin chain; without one: all of them
+#   bash script/test.sh [LAYER ...] [-- WORDS]     LAYER: lint unit plugin chain gpu; without one: all but gpu
 #
 # unit takes seconds and loads no framework; plugin runs the real frameworks on a tiny model; chain runs the whole recipe
-# and kills it half-way. WORDS go on to pytest.
+# and kills it half-way; gpu shows what only a GPU can. WORDS go on to pytest.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,9 +13,9 @@ layers=()
 while (($#)); do
   case "$1" in
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    lint | unit | plugin | chain) layers+=("$1"); shift ;;
+    lint | unit | plugin | chain | gpu) layers+=("$1"); shift ;;
     --) shift; break ;;
-    *) die "no layer '$1'; the layers are lint unit plugin chain" 2 ;;
+    *) die "no layer '$1'; the layers are lint unit plugin chain gpu" 2 ;;
   esac
 done
 ((${#layers[@]})) || layers=(lint unit plugin chain)
@@ -30,7 +30,9 @@ lint() {
 }
 
 cd "$ROOT"
-bash script/setup.sh cpu
+packages=cpu
+[[ " ${layers[*]} " != *' gpu '* ]] || packages=gpu
+bash script/setup.sh "$packages"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 failed=()
 pytest=("$PYTHON" -m pytest --durations 5)
@@ -67,6 +69,7 @@ for layer in "${layers[@]}"; do
       # The frameworks are played in this one, so it takes one core and little memory.
       beside 'tests/chain/test_resume_*.py' "$@"
       ;;
+    gpu) check "${pytest[@]}" -s tests/gpu "$@" ;;
     *) check "${pytest[@]}" "tests/$layer" "$@" ;;
   esac
 done

@@ -187,13 +187,17 @@ class StepsInFile(Stage):
 class Sft(StepsInFile):
     file_name = "logging.jsonl"
     opening = "looking at the rows"
+    loss = held = ""
     phases = (("[INFO:swift] args:", "loading the model"), ("swift.__version__", "reading the rows"))
 
     def read_row(self, row: dict, now: float) -> None:
         done, _, total = row["global_step/max_steps"].partition("/")
         self.reached(int(done), int(total), now)
         if "loss" in row:
-            self.measure = f"loss {row['loss']:.3f}"
+            self.loss = f"loss {row['loss']:.3f}"
+        if "eval_loss" in row:
+            self.held = f"on held rows {row['eval_loss']:.3f}"
+        self.measure = ", ".join(filter(None, (self.loss, self.held)))
 
 
 class Rl(StepsInFile):

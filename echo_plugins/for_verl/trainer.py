@@ -19,7 +19,7 @@ each step also logs, as means over its trajectories (padding left out):
 The trajectory log: STEP.jsonl in trainer.rollout_data_dir, and for each validation in trainer.validation_data_dir; a
 line a trajectory, as `trajectory_row` makes it. `python -m echo_plugins.rewards.explain` reads it.
 
-    +echo_log.rows=64 +echo_log.megabytes=64 +echo_log.ids=False
+    +echo_log.rows=64 +echo_log.megabytes=64 +echo_log.ids=False +echo_log.shown=8
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from ..relisten.trajectory import Attempt, StopReason
 from .engine_watch import EngineWatch, end_the_process, note_failure, one_line
 from .merge import BEST, LATEST
 from .reward_manager import preset_from_config
+from .shown_rows import show_rows
 
 _log = logging.getLogger(__name__)
 
@@ -68,11 +69,13 @@ class LogSettings:
         rows: trajectories of a step or validation that are kept, 0 for all; `choose` says which.
         megabytes: no file grows beyond; what does not fit is left out, with a warning.
         ids: also the token ids (`prompts`, `responses`) and the `response_mask`.
+        shown: rows of a validation that trackers with sound get too (shown_rows.py).
     """
 
     rows: int = 0
     megabytes: float = 64.0
     ids: bool = False
+    shown: int = 0
 
     @classmethod
     def from_config(cls, config: Any) -> LogSettings:
@@ -80,7 +83,12 @@ class LogSettings:
         section = dict(config.get("echo_log") or {})
         unknown = sorted(section.keys() - {setting.name for setting in fields(cls)})
         settings = cls() if unknown else cls(**section)
-        if unknown or settings.rows < 0 or settings.megabytes <= 0 or not isinstance(settings.ids, bool):
+        if (
+            unknown
+            or min(settings.rows, settings.shown) < 0
+            or settings.megabytes <= 0
+            or not isinstance(settings.ids, bool)
+        ):
             raise ValueError(f"echo_log wants rows >= 0, megabytes > 0 and ids True or False, not {section}")
         return settings
 
@@ -276,6 +284,8 @@ class EchoTrainer(PPOTrainer):
             self.replay_buffer.sample = sample
         if folder:
             self._write_trajectories(folder, rows)
+        if self.log_settings.shown:
+            show_rows(self.logger.logger, choose(rows, self.log_settings.shown), self.global_steps)
         if self.keep_best:
             note_best(Path(self.config.trainer.default_local_dir), self.global_steps, metrics)
         return metrics

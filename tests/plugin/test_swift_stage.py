@@ -77,8 +77,17 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("sft") / "out"
-    train(tiny_model, rows_file, output, SFT_FREEZE_AUDIO="false")
+    held = output.parent / "held.jsonl"
+    held.write_text("".join(rows_file.read_text().splitlines(keepends=True)[-6:]))
+    train(tiny_model, rows_file, output, SFT_FREEZE_AUDIO="false", VAL_FILE=str(held), SFT_EVAL_STEPS="2")
     return output
+
+
+def test_the_loss_on_held_rows_is_in_the_log(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "logging.jsonl").open()]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert [line["global_step/max_steps"] for line in evaluated] == ["2/4", "4/4"]
+    assert evaluated[1]["eval_loss"] < evaluated[0]["eval_loss"]
 
 
 def test_it_trains_the_text_model_and_when_asked_the_audio_tower(trained: Path, tiny_model: Path) -> None:

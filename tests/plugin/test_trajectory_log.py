@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import transfer_queue
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.trainer.ppo.v1 import replay_buffer
 
 import echo_plugins.for_verl.trainer as trainer
 from echo_plugins.for_verl.merge import BEST, LATEST
+from echo_plugins.for_verl.shown_rows import show_rows
 from echo_plugins.for_verl.trainer import (
     EchoSyncTrainer,
     EchoTrainer,
@@ -191,6 +195,26 @@ def test_rows_of_another_mode_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     step.val_dataset = rows("interleaved", "plain")
     with pytest.raises(ValueError, match=r"a\.parquet.*plain.*echo.mode is 'interleaved'.*RL_MODE"):
         step._init_dataloader()
+
+
+def test_trackers_play_rows_of_a_validation(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(8_000, 0.25, np.float32), 16_000)
+    row = {"id": "r1", "question": "Which?", "text": "<think>a</think>", "ground_truth": "B", "score": 1.5}
+    row |= {"components": {"acc": 1.0}, "audio": str(tmp_path / "a.wav")}
+    gone = {**row, "id": "r2", "audio": str(tmp_path / "none.wav")}
+    sent: list[Any] = []
+    wandb: Any = SimpleNamespace(
+        Audio=lambda sound, sample_rate: (len(sound), sample_rate),
+        Table=lambda columns, data: (columns, data),
+        log=lambda content, step: sent.append((content["validation/rows"], step)),
+    )
+    with SummaryWriter(str(tmp_path / "tb")) as writer:
+        show_rows({"tensorboard": SimpleNamespace(writer=writer), "wandb": wandb}, [row, gone], 7)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    (audio,) = events.Audio("validation/r1")
+    assert (audio.sample_rate, audio.step) == (16_000.0, 7) and events.Tags()["audio"] == ["validation/r1"]
+    ((columns, data), step) = sent[0]
+    assert step == 7 and columns[1] == "audio" and data[0][1] == (8_000, 16_000) and data[1][1] is None
 
 
 def test_the_best_validation_keeps_its_checkpoint(tmp_path: Path) -> None:

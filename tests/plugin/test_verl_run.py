@@ -261,6 +261,8 @@ def test_the_logged_trajectories_explain_their_scores(run: Run) -> None:
 def test_verls_trackers_hold_the_components_too(run: Run) -> None:
     events = EventAccumulator(str(run.output / "tensorboard")).Reload()
     assert {event.step for event in events.Scalars("reward/brevity")} >= {STEPS}
+    assert set(events.Tags()["audio"]) == {"validation/row-1", "validation/row-2"}
+    assert any(name.startswith("validation/row-1") for name in events.Tags()["tensors"])
     assert list((run.output / "wandb").glob("offline-run-*/*.wandb"))
 
 

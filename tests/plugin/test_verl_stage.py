@@ -142,9 +142,9 @@ def test_verls_trackers_are_passed_through_beside_console_and_file(tmp_path: Pat
 
 
 def test_the_trajectory_log_has_its_settings(tmp_path: Path) -> None:
-    assert LogSettings.from_config(configuration()) == LogSettings()
+    assert LogSettings.from_config(configuration()) == LogSettings(shown=8)
     given = configuration(TRAJECTORY_ROWS="32", TRAJECTORY_MEGABYTES="0.5", TRAJECTORY_IDS="True")
-    assert LogSettings.from_config(given) == LogSettings(32, 0.5, True)
+    assert LogSettings.from_config(given) == LogSettings(32, 0.5, True, 8)
     config = configuration(OUTPUT_DIR=str(tmp_path))
     assert config.trainer.rollout_data_dir == str(tmp_path / "trajectories")
     assert config.trainer.validation_data_dir == str(tmp_path / "validation")

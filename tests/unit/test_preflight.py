@@ -222,7 +222,7 @@ def test_an_empty_value_passes_where_it_means_something(name: str) -> None:
     ("values", "seen"),
     [
         ({"SFT_BATCH_SIZE": "20"}, "no multiple of SFT_MICRO_BATCH=1 x 8 processes. 24 would be one"),
-        ({"SFT_BATCH_SIZE": "16", "NUM_NODES": "4"}, "x 32 processes. 32 would be one"),
+        ({"SFT_BATCH_SIZE": "16", "NUM_NODES": "4", "NODE_LAUNCHER": "srun"}, "x 32 processes. 32 would be one"),
         ({"RL_MINI_BATCH": "128"}, "RL_BATCH_SIZE=64 is no multiple of RL_MINI_BATCH=128. 128 would be one"),
         ({"RL_MINI_BATCH": "48"}, "no multiple of RL_MINI_BATCH=48"),
         ({"RL_MINI_BATCH": "1", "RL_GROUP": "4"}, "no multiple of the 8 training processes"),
@@ -400,6 +400,12 @@ def test_a_manifest_that_is_not_there_is_refused_unless_the_recipe_makes_it(tmp_
     found = only(preflight.missing_places(gone, tmp_path / "run", STAGES))
     assert "RL_AUDIO_QA=/nowhere/rl.jsonl does not exist" in found.text
     assert texts(preflight.missing_places(gone, tmp_path / "run", ["sft", "rl", "merge"])) == []
+
+
+def test_sft_on_several_nodes_needs_what_starts_it_there() -> None:
+    found = only(preflight.combinations(settings(NUM_NODES="2"), STAGES))
+    assert found.refused and "NODE_LAUNCHER" in found.text and "script/slurm.sh" in found.cure
+    assert texts(preflight.combinations(settings(NUM_NODES="2", NODE_LAUNCHER="srun"), STAGES)) == []
 
 
 def test_a_recipe_that_makes_its_own_rows_is_not_asked_where_they_are(tmp_path: Path) -> None:

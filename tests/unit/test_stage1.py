@@ -42,7 +42,8 @@ def flags(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
 def test_the_batch_is_the_same_on_any_number_of_gpus(
     device: str, gpus: str, nodes: str, micro: str, accumulated: str
 ) -> None:
-    done = dry_run(DEVICE=device, NUM_GPUS=gpus, NUM_NODES=nodes, SFT_MICRO_BATCH=micro, SFT_BATCH_SIZE="16")
+    settings = {"DEVICE": device, "NUM_GPUS": gpus, "NUM_NODES": nodes, "NODE_LAUNCHER": "srun"}
+    done = dry_run(SFT_MICRO_BATCH=micro, SFT_BATCH_SIZE="16", **settings)
     assert flags(done)["--per_device_train_batch_size"] == micro
     assert flags(done)["--gradient_accumulation_steps"] == accumulated
 
@@ -54,6 +55,7 @@ def test_the_batch_is_the_same_on_any_number_of_gpus(
         ({"NUM_GPUS": "0"}, "DEVICE=cpu"),
         ({"DEVICE": "tpu"}, "tpu"),
         ({"NNODES": "2"}, "NUM_NODES"),
+        ({"NUM_NODES": "2"}, "NODE_LAUNCHER"),
         ({"SFT_TUNER": "qlora"}, "qlora"),
         ({"SFT_TUNER": "lora", "SFT_FREEZE_AUDIO": "false"}, "SFT_FREEZE_AUDIO"),
         ({"SFT_FREEZE_AUDIO": "yes"}, "yes"),
