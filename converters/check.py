@@ -176,7 +176,10 @@ def _parquet_rows(file: Path, advance: Callable[[int], None]) -> Iterator[tuple[
     columns = parquet.schema_arrow
     missing = set(schema().names).difference(columns.names)
     if missing:
-        raise RowError(Reason.MISSING_FIELD, f"no RL file: the columns {sorted(missing)} are missing")
+        raise RowError(
+            Reason.MISSING_FIELD,
+            f"no file of converters.rl_parquet, the one kind of Parquet known here: it lacks {sorted(missing)}",
+        )
     if b"huggingface" in (columns.metadata or {}):
         raise RowError(
             Reason.WRONG_TYPE, "it has Hugging Face metadata, which makes `datasets` decode all audio at once"

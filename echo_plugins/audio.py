@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -227,7 +227,7 @@ def _blocks(source: AudioSource, max_seconds: float = math.inf) -> Iterator[tupl
         stream_size = stream.seek(0, io.SEEK_END)
         stream.seek(start)
         try:
-            with soundfile.SoundFile(stream) as file:
+            with soundfile.SoundFile(cast(BinaryIO, _Seekable(stream))) as file:
                 declared, rate, num_frames = file.frames, file.samplerate, 0
                 if max_seconds < declared / rate and declared < _UNKNOWN_FRAMES:
                     raise TooLongError(too_long(name, declared / rate, max_seconds))
@@ -258,6 +258,27 @@ def _blocks(source: AudioSource, max_seconds: float = math.inf) -> Iterator[tupl
             f"{name}: libsndfile stops {stream_size - reached} bytes before its end: a variable bit rate without the "
             "header that counts its frames. Write it anew: ffmpeg -i IN OUT.flac"
         )
+
+
+class _Seekable:
+    """A stream for libsndfile, which follows the offsets of a damaged header. One that leads nowhere is told as -1, as
+    files in C do: an exception would be printed with its traceback and then forgotten."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.read = stream.read
+        self._stream = stream
+        self._lost = False
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._lost = False
+        try:
+            self._stream.seek(offset, whence)
+        except (OSError, ValueError):
+            self._lost = True
+        return self.tell()
+
+    def tell(self) -> int:
+        return -1 if self._lost else self._stream.tell()
 
 
 def _refuse_cut_wav(stream: BinaryIO, name: str) -> None:

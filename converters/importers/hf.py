@@ -66,7 +66,7 @@ def main(
     try:
         require_columns(map_, [_names(_schema(files[0]))], str(files[0]), mapper.item_fields)
         conversion.import_records(source, target, rejected, audio, to_record, workers, rows, _CHUNK_ROWS)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for the name of a column
         typer.echo(f"error: {source}: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -103,17 +103,19 @@ def _rows(files: list[Path], audio_column: str, advance: Callable[[int], None]) 
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[Any]:
-    """The rows; a RowError for one that Python cannot hold: text that is no UTF-8, a date before the year 1."""
+    """The rows; a RowError for one that Python cannot hold: text that is no UTF-8, a date before the year 1. A damaged
+    Arrow file is found out by `validate`: without it the process dies on an offset that leads nowhere."""
     try:
+        batch.validate(full=True)
         yield from batch.to_pylist()
     except (ValueError, OverflowError):
         for place in range(batch.num_rows):
+            piece = batch.slice(place, 1)
             try:
-                yield from batch.slice(place, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield RowError(Reason.NOT_UTF8, f"{error}")
+                piece.validate(full=True)
+                yield from piece.to_pylist()
             except (ValueError, OverflowError) as error:
-                yield RowError(Reason.WRONG_TYPE, f"{error}")
+                yield RowError(Reason.NOT_UTF8 if "UTF8" in str(error) else Reason.WRONG_TYPE, str(error))
 
 
 def _batches(file: Path, audio_column: str) -> Iterator[pa.RecordBatch]:

@@ -4,6 +4,7 @@ for difficulty."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +16,16 @@ from converters.synthesis.asker import Asker, Unusable, json_object, together
 from converters.synthesis.runner import Context, Stage
 from converters.synthesis.sample import Provenance, Sample
 from echo_plugins.audio import AudioError, load
-from echo_plugins.audio_qa import AudioQA, LabelledAudio, Reason, Record, RowError, read_rows, recording_of
+from echo_plugins.audio_qa import (
+    AudioQA,
+    LabelledAudio,
+    Reason,
+    Record,
+    RowError,
+    read_rows,
+    recording_of,
+    without_letters,
+)
 from echo_plugins.relisten.prompt import question_text
 from echo_plugins.relisten.transcript import match_choice, parse
 
@@ -266,8 +276,8 @@ class Draft(BaseModel):
     def fields(self) -> dict[str, Any]:
         """The fields of a sample; an answer that names no choice is kept for the filter to see."""
         choices = [choice.strip() for choice in self.choices]
-        if all(match_choice(choice[:2], choices) == index for index, choice in enumerate(choices)):
-            choices = [choice[2:].strip() for choice in choices]  # "A. a dog", "B. a cat"
+        with suppress(RowError):  # equal choices are for the filter to see
+            choices = list(without_letters(tuple(choices), "")[0])
         index = match_choice(self.answer, choices)
         return {
             "question": self.question.strip(),

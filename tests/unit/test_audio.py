@@ -439,3 +439,28 @@ def test_a_windows_path_is_refused_with_the_one_that_is_there(tmp_path: Path) ->
     (tmp_path / "sub" / "a.wav").touch()
     with pytest.raises(AudioError, match="with / in the place of"):
         resolve_path(tmp_path, "sub\\a.wav")
+
+
+SOUNDS = [("WAV", "PCM_16"), ("WAV", "GSM610"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", None), *CONTAINERS]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # what libsndfile's callbacks raise
+@pytest.mark.parametrize(("first", "second"), SOUNDS)
+def test_a_spoilt_file_is_read_or_refused_by_name(tmp_path: Path, first: str, second: str | None) -> None:
+    kind, subtype = (second, "PCM_16") if (first, second) in CONTAINERS else (first, second)
+    soundfile.write(tmp_path / "whole", tone(1.0), SAMPLING_RATE, format=kind, subtype=subtype)
+    whole, file = (tmp_path / "whole").read_bytes(), tmp_path / "spoilt.sound"
+    for seed in range(int(os.environ.get("ECHO_FUZZ_SEEDS", "25"))):
+        draw = np.random.default_rng(seed)
+        content = bytearray(whole)
+        for _ in range(draw.integers(1, 4)):
+            place = int(draw.integers(0, 128 if draw.integers(2) else len(content)))
+            kept = content[place + int(draw.integers(0, 9)) :] if draw.integers(4) else b""
+            content = content[:place] + draw.bytes(int(draw.integers(0, 9))) + kept
+        file.write_bytes(content)
+        try:
+            info = probe(file, 60)
+        except AudioError as error:
+            assert "spoilt.sound" in str(error), seed
+        else:
+            assert len(load(file)) == info.num_samples, seed

@@ -294,6 +294,7 @@ def test_rl_rows_are_what_verl_reads(root: Path) -> None:
             "choices": ["a dog", "a cat"],
             "events": [{"label": "meow", "start": 0.5, "end": 1.0}],
             "duration": 3.0,
+            "mode": "interleaved",
             "index": 0,
             "num_audio_tokens": QWEN2_5_OMNI.num_audio_tokens(len(load(root / "b.flac"))),
         },

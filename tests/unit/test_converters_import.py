@@ -588,3 +588,17 @@ def test_a_hugging_face_file_of_ours_comes_back_as_it_was(root: Path, words: tup
         assert result.exit_code == 0, result.output
     (record,) = read(target)
     assert record | {"audio": "a.wav"} == row
+
+
+def test_a_damaged_arrow_file_does_not_end_the_process(root: Path) -> None:
+    source, target = root.parent / "in.arrow", root.parent / "out.jsonl"
+    table = pa.table({"audio": ["a.wav"] * 3, "caption": ["one", "two", "three"]})
+    with pa.OSFile(str(source), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    whole = source.read_bytes()
+    offsets = np.array([0, 3, 6, 11], np.int32).tobytes()  # of the captions
+    assert whole.count(offsets) == 1
+    source.write_bytes(whole.replace(offsets, np.array([0, 3, 1 << 30, 11], np.int32).tobytes()))
+    result = CliRunner().invoke(hf.app, [str(source), str(target), "--audio-root", str(root)])
+    assert result.exit_code == 0 and [record["meta"]["caption"] for record in read(target)] == ["one"]
+    assert len(read(target.with_name("out.jsonl.rejected.jsonl"))) == 2

@@ -223,6 +223,8 @@ def test_letters_before_the_choices_are_taken_off_and_a_lettered_answer_is_resol
     draft = Draft(question=" q ", choices=["A. dog", "B. cat"], answer="B")
     assert draft.fields()["choices"] == ["dog", "cat"] and draft.fields()["answer"] == "cat"
     assert Draft(question="q", choices=["A major", "B major"], answer="B major").fields()["answer"] == "B major"
+    for keys in (["A minor", "B major", "C diminished"], ["A flat", "B flat", "C sharp"]):
+        assert Draft(question="q", choices=keys, answer="B").fields()["choices"] == keys
     assert chosen("<answer>(B)</answer>", ["dog", "cat"]) == 1
     assert chosen("I cannot hear anything.", ["dog", "cat"]) is None
 
