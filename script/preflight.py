@@ -274,7 +274,13 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     files = [model / name for name in ("processor_config.json", "preprocessor_config.json")]
     configs = [json.loads(file.read_text()) for file in files if file.is_file()]
     windows = [config.get("feature_extractor", config).get("chunk_length") for config in configs]
-    window = next(filter(None, windows), MAX_AUDIO_SECONDS)
+    try:
+        family = family_of(model)
+        window = family.window_seconds
+        if family.clip_end == "silence":
+            window = next(filter(None, windows), window)
+    except ValueError:
+        window = MAX_AUDIO_SECONDS
     long = [record.id for record, _, seconds in found if seconds > window]
     text = f"have more than the {window:g} s of audio that the model hears, id {''.join(long[:1])} for one"
     yield from share(
