@@ -11,8 +11,9 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,10 +21,11 @@ import numpy as np
 import soundfile
 import soxr
 
+from .model import SAMPLING_RATE, OmniFamily
+
 _BLOCK_FRAMES = 1 << 20  # decoded at once: hours of sound cost no more memory than a minute
 _UNKNOWN_FRAMES = 1 << 40  # what libsndfile says of a FLAC that was written to a pipe is about 2^63
 _UNKNOWN_WAV_BYTES = 0x7FFF_0000  # from here on a WAV's length is what a program that streams puts there
-SAMPLING_RATE = 16_000  # hertz; what the Qwen-Omni audio towers were trained on
 
 # An MP3 decoder drops its delay and padding, at most this many frames. More missing than that is a cut file.
 _TOLERATED_MISSING_FRAMES = 4 * 1152
@@ -163,34 +165,64 @@ def resolve_path(audio_root: str | os.PathLike[str], relative: str, follow_links
     return path
 
 
-def pad_to_longest(feature_extractor: Any) -> Any:
+def pad_to_longest(feature_extractor: Any, family: OmniFamily) -> Any:
     """Make a Whisper feature extractor pad to the longest clip of a call and not to its window (300 s in the public
-    checkpoints: 15 MB and up to 2 s a clip). Valid frames stay equal bit for bit. Returns the same object, changed.
-
-    The zeros kept after the longest clip are the half STFT window that its last frame still sees.
+    checkpoints: 15 MB and up to 2 s a clip). Valid frames are bit for bit those that the family's own processor makes
+    of each clip by itself. A clip over the family's window raises AudioError, where stock code cuts it off without a
+    word. Returns the same object, changed.
     """
     base = type(feature_extractor)
     if getattr(base, "pads_to_longest", False):
         return feature_extractor
+    extract = _followed_by_silence if family.clip_end == "silence" else _each_by_itself
 
     def __call__(self: Any, raw_speech: Any, *args: Any, **kwargs: Any) -> Any:
         clips = raw_speech if isinstance(raw_speech, (list, tuple)) and np.ndim(raw_speech[0]) else [raw_speech]
-        needed = max(len(clip) for clip in clips) + self.n_fft // 2
-        needed = max(needed, _MIN_PADDED_FRAMES * self.hop_length)
-        needed = math.ceil(needed / self.hop_length) * self.hop_length
-        if kwargs.get("max_length") is None and needed < self.n_samples:
-            kwargs["max_length"] = needed
-        kwargs["return_attention_mask"] = True
-        features = base.__call__(self, raw_speech, *args, **kwargs)
-        valid = int(features["attention_mask"].sum(-1).max())
-        features["attention_mask"] = features["attention_mask"][:, :valid]
-        features["input_features"] = features["input_features"][..., :valid]
-        return features
+        window, longest = family.window_samples(self), max(len(clip) for clip in clips)
+        if longest > window:
+            raise AudioError(
+                f"a clip of {longest / SAMPLING_RATE:.1f} s: the model hears {window / SAMPLING_RATE:g} s at most and "
+                "would not hear the rest. Cut it up."
+            )
+        return extract(partial(base.__call__, self), self, clips, *args, **kwargs)
 
     # The name is kept: save_pretrained writes it to the processor's configuration.
     members = {"__call__": __call__, "__module__": base.__module__, "pads_to_longest": True}
     feature_extractor.__class__ = type(base.__name__, (base,), members)
     return feature_extractor
+
+
+def _followed_by_silence(stock: Callable[..., Any], extractor: Any, clips: Any, *args: Any, **kwargs: Any) -> Any:
+    """All clips at once. The zeros after the longest are the half STFT window that its last frame still sees."""
+    needed = max(len(clip) for clip in clips) + extractor.n_fft // 2
+    needed = max(needed, _MIN_PADDED_FRAMES * extractor.hop_length)
+    needed = math.ceil(needed / extractor.hop_length) * extractor.hop_length
+    if kwargs.get("max_length") is None and needed < extractor.n_samples:
+        kwargs["max_length"] = needed
+    kwargs["return_attention_mask"] = True
+    features = stock(clips, *args, **kwargs)
+    valid = int(features["attention_mask"].sum(-1).max())
+    features["attention_mask"] = features["attention_mask"][:, :valid]
+    features["input_features"] = features["input_features"][..., :valid]
+    return features
+
+
+def _each_by_itself(
+    stock: Callable[..., Any], extractor: Any, clips: Any, *args: Any, return_tensors: Any = None, **kwargs: Any
+) -> Any:
+    """One clip after the other, so that its end is mirrored whatever its neighbours are; the engine too is given clips
+    one by one. Frames past a clip's end are 0."""
+    kwargs |= {"padding": "longest", "truncation": False, "max_length": None, "return_attention_mask": True}
+    made = [stock([clip], *args, return_tensors="np", **kwargs) for clip in clips]
+    counts = [one["input_features"].shape[-1] for one in made]
+    features = np.zeros((len(made), extractor.feature_size, max(counts)), np.float32)
+    mask = np.zeros((len(made), max(counts)), np.int32)
+    for row, (one, count) in enumerate(zip(made, counts, strict=True)):
+        features[row, :, :count] = one["input_features"][0]
+        mask[row, :count] = one["attention_mask"][0]
+    batch = made[0]
+    batch["input_features"], batch["attention_mask"] = features, mask
+    return batch.convert_to_tensors(return_tensors)
 
 
 def _name(source: AudioSource) -> str:

@@ -1,6 +1,10 @@
-"""What differs between the Omni families: special tokens by text, audio tokens per second, the checkpoint's layout.
+"""What differs between the Omni families: one table, which everything else asks. transformers is never imported here.
 
-Read from a checkpoint's own files; transformers is never imported here.
+How to add a family: write an entry below `QWEN3_OMNI` and put it into `FAMILIES`. Each field says where to look it up.
+Then add its template to for_swift/template.py (ms-swift has one class per family) and its vLLM processor to
+for_vllm.py. Give recipes/tiny-cpu/tiny_omni.py a builder for a random tiny checkpoint, and add the model type to the
+`FAMILIES` of tests/conftest.py: the tests of the table, the features, the actor, the engine and the merge then run for
+it. No other file names a family; where one would have to, the table lacks a field.
 """
 
 from __future__ import annotations
@@ -9,12 +13,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .relisten.trajectory import SpecialIds
 
+SAMPLING_RATE = 16_000  # hertz; what the Qwen-Omni audio towers were trained on
+MIRRORED_SAMPLES = 200  # half of the STFT window (n_fft 400 in the public checkpoints)
 _WHISPER_SECONDS = 30  # `chunk_length` of transformers' WhisperFeatureExtractor where a checkpoint does not say
-MAX_AUDIO_SECONDS = 300  # the public checkpoints' feature window; what is longer they cut off without a word
 
 
 def _qwen2_5_tokens(num_frames: int) -> int:
@@ -31,14 +36,42 @@ def _qwen3_tokens(num_frames: int) -> int:
 
 @dataclass(frozen=True)
 class OmniFamily:
-    """One family of models. `banned_tokens` may never be sampled: each would claim media that is not there."""
+    """One family of models.
+
+    `model_type`: of config.json. `model_class` and `thinker_class`: of transformers, the whole model and its part that
+    writes text. `decoder_layer`: the class of one layer of the language model, which FSDP shards.
+    `audio_token`, `audio_bos_token`, `audio_eos_token`: the placeholder of a clip, in the chat template.
+    `banned_tokens`: may never be sampled, since each would claim media that is not there.
+    `tokens_of_frames`: audio tokens of mel frames, transformers' `_get_feat_extract_output_lengths`.
+    `clip_end`: what the family's processor puts after a clip. "silence": it pads to the extractor's window, and a frame
+    that has begun counts. "mirror": it pads nothing, the last frames see the end of the clip mirrored, and only whole
+    frames count.
+    `window_seconds`: the longest clip that the model was made for.
+    `frozen`: modules that training leaves as they are.
+    `lora_targets`: a regular expression over the names of the linear layers that get an adapter. `lora_parameters`:
+    the ends of the names of weights that are no linear layers and can get one too (the experts).
+    `moe`: the layers have experts, which transformers holds fused and checkpoints hold one by one.
+    `images_in_engine`: how many images a prompt may have in vLLM, though none ever has one.
+    `thinking_prefix`: what a chat template may open the answer with.
+    """
 
     model_type: str
+    model_class: str
+    thinker_class: str
+    decoder_layer: str
     audio_token: str
     audio_bos_token: str
     audio_eos_token: str
     banned_tokens: tuple[str, ...]
     tokens_of_frames: Callable[[int], int]
+    clip_end: Literal["silence", "mirror"]
+    window_seconds: int
+    frozen: tuple[str, ...] = ("thinker.audio_tower", "thinker.visual")
+    lora_targets: str = r".*thinker\.model\.layers\..*_proj"
+    lora_parameters: tuple[str, ...] = ()
+    moe: bool = False
+    images_in_engine: int = 0
+    thinking_prefix: str = "<think>\n"
 
     @property
     def audio_placeholder(self) -> str:
@@ -47,8 +80,25 @@ class OmniFamily:
 
     def num_audio_tokens(self, num_samples: int, hop_length: int = 160) -> int:
         """Audio tokens of a clip of `num_samples`, from the model's own length formula; 0 when too short for one."""
-        num_frames = -(-num_samples // hop_length)
+        num_frames = self.num_frames(num_samples, hop_length)
         return max(0, self.tokens_of_frames(num_frames)) if num_frames else 0
+
+    def num_frames(self, num_samples: int, hop_length: int = 160) -> int:
+        """Mel frames that the model hears of a clip. 0 for a clip that is too short to be mirrored."""
+        if self.clip_end == "silence":
+            return -(-num_samples // hop_length)
+        return num_samples // hop_length if num_samples > MIRRORED_SAMPLES else 0
+
+    def window_samples(self, feature_extractor: Any) -> int:
+        """Samples of the longest clip. A processor that pads to its extractor's window cuts there. Where it does not
+        pad, the extractor's window says nothing: public Qwen3-Omni has 30 s there (QwenLM/Qwen3-Omni#40)."""
+        longest = self.window_seconds * SAMPLING_RATE
+        return min(longest, feature_extractor.n_samples) if self.clip_end == "silence" else longest
+
+    def prompt(self, rendered: str) -> str:
+        """A rendered chat prompt, without the `<think>` that some chat templates open the answer with. An answer of our
+        protocol has its own: in the rows of stage 1, and as reward and evaluation read it."""
+        return rendered.removesuffix(self.thinking_prefix)
 
     def special_ids(self, tokenizer: Any, model_dir: str | Path) -> SpecialIds:
         """The ids of the audio tokens, and the ids that end a message: the tokenizer's eos and the generation config's.
@@ -74,14 +124,22 @@ class OmniFamily:
 
 QWEN2_5_OMNI = OmniFamily(
     "qwen2_5_omni",
+    "Qwen2_5OmniForConditionalGeneration",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5OmniDecoderLayer",
     "<|AUDIO|>",
     "<|audio_bos|>",
     "<|audio_eos|>",
     ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "<|IMAGE|>", "<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"),
     _qwen2_5_tokens,
+    clip_end="silence",
+    window_seconds=300,  # chunk_length of the public checkpoints
 )
 QWEN3_OMNI = OmniFamily(
     "qwen3_omni_moe",
+    "Qwen3OmniMoeForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3OmniMoeThinkerTextDecoderLayer",
     "<|audio_pad|>",
     "<|audio_start|>",
     "<|audio_end|>",
@@ -95,8 +153,16 @@ QWEN3_OMNI = OmniFamily(
         "<|vision_end|>",
     ),
     _qwen3_tokens,
+    clip_end="mirror",
+    window_seconds=2400,  # Qwen3-Omni Technical Report (arXiv 2509.17765), section 1: recordings up to 40 minutes
+    lora_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    moe=True,
+    # vLLM 0.24.0 leaves the buffers of the vision tower on the meta device when a prompt may have neither image nor
+    # video, and the first forward dies (vllm/model_executor/models/qwen3_omni_moe_thinker.py:1710).
+    images_in_engine=1,
 )
 FAMILIES = {family.model_type: family for family in (QWEN2_5_OMNI, QWEN3_OMNI)}
+MAX_AUDIO_SECONDS = min(family.window_seconds for family in FAMILIES.values())  # where no checkpoint is known
 
 
 def family_of(model_dir: str | Path) -> OmniFamily:
@@ -121,13 +187,15 @@ def hop_length(model_dir: str | Path) -> int:
 
 
 def max_audio_seconds(model_dir: str | Path) -> float:
-    """Seconds of a clip that the checkpoint hears: its feature extractor cuts off the rest without a word. RL, infer
-    and serve refuse longer clips, and so do the converters. Raises ValueError where it has no configuration of one."""
+    """Seconds of a clip that the checkpoint hears: `OmniFamily.window_samples`, from its files alone. RL, infer, serve
+    and the converters refuse longer clips. Raises ValueError where it has no feature extractor's configuration."""
+    family = family_of(model_dir)
     for name in ("preprocessor_config.json", "processor_config.json"):
         config = _read_json(Path(model_dir) / name)
         extractor = (config or {}).get("feature_extractor", config)
         if extractor and "hop_length" in extractor:
-            return float(extractor.get("chunk_length") or _WHISPER_SECONDS)
+            hears = float(extractor.get("chunk_length") or _WHISPER_SECONDS)
+            return min(hears, family.window_seconds) if family.clip_end == "silence" else float(family.window_seconds)
     raise ValueError(
         f"{model_dir}: neither preprocessor_config.json nor processor_config.json is a feature extractor's"
     )

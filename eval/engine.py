@@ -108,7 +108,11 @@ class EngineSettings:
             "max_num_seqs": self.num_seqs,
             "max_model_len": self.max_model_len,
             "seed": self.seed,
-            "limit_mm_per_prompt": {"audio": self.max_clips, "image": 0, "video": 0},
+            "limit_mm_per_prompt": {
+                "audio": self.max_clips,
+                "image": family_of(self.model).images_in_engine,
+                "video": 0,
+            },
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # as in RL: after temperature and bias
             "disable_log_stats": True,
@@ -212,6 +216,9 @@ def _start(settings: EngineSettings) -> Any:
     for name, value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if on_cpu else {})).items():
         os.environ.setdefault(name, value)
     become_client()
+    from echo_plugins.for_vllm import make_features_as_in_training
+
+    make_features_as_in_training()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -232,8 +239,7 @@ class Engine:
         self._hop_length = hop_length(settings.model)
         self.max_model_len = llm.model_config.max_model_len
         self._processor = llm.renderer.get_mm_processor().info.get_hf_processor()
-        extractor = audio.pad_to_longest(self._processor.feature_extractor)
-        self._max_samples = extractor.n_samples
+        self._max_samples = self._family.window_samples(self._processor.feature_extractor)
         self.tokenizer = llm.get_tokenizer()
         self.ids = self._family.special_ids(self.tokenizer, settings.model)
         self.banned_ids = self._family.banned_ids(self.tokenizer, llm.model_config.get_vocab_size())
@@ -377,7 +383,7 @@ class Engine:
 
     def prompt_ids(self, question: Question, mode: Mode) -> list[int]:
         """The prompt with one placeholder for the clip, as vLLM takes it."""
-        return self.encode(prompt_text(self._processor, question, mode))
+        return self.encode(self._family.prompt(prompt_text(self._processor, question, mode)))
 
     def count_audio_tokens(self, num_samples: int) -> int:
         return self._family.num_audio_tokens(num_samples, self._hop_length)

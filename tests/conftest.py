@@ -1,11 +1,14 @@
 """What tests share: the tiny checkpoint and a small set of soundscapes, made once by the recipe's own scripts."""
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+FAMILIES = ("qwen2_5_omni", "qwen3_omni_moe")
 TINY_CPU = Path(__file__).resolve().parents[1] / "recipes" / "tiny-cpu"
 
 
@@ -18,9 +21,32 @@ def _make(script: str, output: Path, *options: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen2.5-Omni checkpoint directory."""
-    return _make("tiny_omni.py", tmp_path_factory.mktemp("models") / "tiny-omni")
+def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny random checkpoint directory of a family, made once."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        return _make("tiny_omni.py", tmp_path_factory.mktemp("models") / f"tiny-{family}", "--family", family)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_tiny_model: Callable[[str], Path]) -> Path:
+    """Of Qwen2.5-Omni."""
+    return make_tiny_model("qwen2_5_omni")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(make_tiny_model: Callable[[str], Path]) -> Path:
+    """Of Qwen3-Omni, with a talker."""
+    return make_tiny_model("qwen3_omni_moe")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def omni_model(request: pytest.FixtureRequest, make_tiny_model: Callable[[str], Path]) -> Path:
+    """Of each family in turn."""
+    return make_tiny_model(request.param)
 
 
 @pytest.fixture(scope="session")

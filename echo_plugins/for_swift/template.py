@@ -40,7 +40,7 @@ class RelistenMixin(_Base):
     def init_processor(self, processor: Any) -> None:
         super().init_processor(processor)
         if processor is not None:
-            audio.pad_to_longest(self.processor.feature_extractor)
+            audio.pad_to_longest(self.processor.feature_extractor, self.family)
 
     def _preprocess_inputs(self, inputs: StdTemplateInputs) -> None:
         if self.mode != "vllm":  # there ms-swift hands paths on to the engine

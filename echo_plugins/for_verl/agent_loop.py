@@ -105,11 +105,11 @@ class RelistenAgentLoop(AgentLoopBase):
         text = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **self.apply_chat_template_kwargs
         )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(self.family.prompt(text), add_special_tokens=False)
 
     def _expand(self, prompt: Sequence[int], audios: Sequence[np.ndarray]) -> list[int]:
         """The prompt as the trainer takes it. Raises AudioError and PromptTooLongError for what would not fit."""
-        window = self.processor.feature_extractor.n_samples
+        window = self.family.window_samples(self.processor.feature_extractor)
         if any(len(audio) > window for audio in audios):
             raise AudioError(
                 f"{len(audios[0]) / SAMPLING_RATE:.1f} s of audio: the model hears {window / SAMPLING_RATE:g} s at most"

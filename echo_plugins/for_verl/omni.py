@@ -1,8 +1,7 @@
 """Everything that verl 0.9.1 lacks for the Omni models: sound in, text out, the audio tower frozen.
 
 Each function below makes up for one gap and names its place in verl; tests/plugin/test_verl_gaps.py fails when verl has
-closed it. Qwen2.5-Omni is what the tests train. Qwen3-Omni has the same shape and is registered by the same lines, but
-no test has run it: its expert layers need a machine that holds them.
+closed it. What differs between the families is in echo_plugins/model.py.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 import verl.utils.flops_counter
 import verl.utils.tokenizer.tokenizer
 from transformers import (
@@ -21,15 +21,11 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
-    Qwen2_5OmniConfig,
-    Qwen3OmniMoeConfig,
 )
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen2_5
-from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3
 
 from ..audio import pad_to_longest
-from ..model import FAMILIES
+from ..model import FAMILIES, OmniFamily
 
 BANNED_LOGIT = -100.0  # the rollout's own bias: a probability of 0 in float32. With -inf the entropy would be NaN
 
@@ -84,10 +80,10 @@ class ThinkerOnly(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model.thinker.audio_tower.requires_grad_(False)
-        model.thinker.visual.requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path)
         family, vocab_size = FAMILIES[model.config.model_type], model.config.text_config.vocab_size
+        for name in family.frozen:
+            model.get_submodule(name).requires_grad_(False)
         model.banned_ids = family.banned_ids(tokenizer, vocab_size)
         return model
 
@@ -121,23 +117,13 @@ class ThinkerOnly(PreTrainedModel):
 def train_the_thinker() -> None:
     """verl/utils/model.py:705 looks a configuration's type up in AutoModelForImageTextToText, and raises for Omni; the
     full classes have no forward() besides."""
-    for full_class, thinker_class, decoder_layer in (
-        (
-            qwen2_5.Qwen2_5OmniForConditionalGeneration,
-            qwen2_5.Qwen2_5OmniThinkerForConditionalGeneration,
-            "Qwen2_5OmniDecoderLayer",
-        ),
-        (
-            qwen3.Qwen3OmniMoeForConditionalGeneration,
-            qwen3.Qwen3OmniMoeThinkerForConditionalGeneration,
-            "Qwen3OmniMoeThinkerTextDecoderLayer",
-        ),
-    ):
+    for family in FAMILIES.values():
+        full_class = getattr(transformers, family.model_class)
         # The full class's name: save_pretrained writes it to config.json as the architecture.
         members = {
             "config_class": full_class.config_class,
-            "thinker_class": thinker_class,
-            "decoder_layer": decoder_layer,
+            "thinker_class": getattr(transformers, family.thinker_class),
+            "decoder_layer": family.decoder_layer,
             "__module__": __name__,
         }
         trainable = type(full_class.__name__, (ThinkerOnly,), members)
@@ -158,7 +144,8 @@ def show_the_text_config() -> None:
     """verl/workers/rollout/utils.py:31 and verl/utils/flops_counter.py read `config.text_config`, which Omni nests;
     verl/workers/engine/fsdp/transformer_impl.py:267 reads `config.tie_word_embeddings`, which the full Omni
     configurations need not have (what ms-swift saves has none)."""
-    for config_class in (Qwen2_5OmniConfig, Qwen3OmniMoeConfig):
+    for family in FAMILIES.values():
+        config_class = getattr(transformers, family.model_class).config_class
         for name, path in (("text_config", "text_config"), ("tie_word_embeddings", "tie_word_embeddings")):
             setattr(config_class, name, _FromTheThinker(path))
 
@@ -170,7 +157,7 @@ def audio_positions(_processor: Any, *, attention_mask: torch.Tensor, **_media: 
     return positions.masked_fill(attention_mask == 0, 1).unsqueeze(0).expand(3, -1, -1), None
 
 
-def omni_processor(name_or_path: str, **kwargs: Any) -> Any:
+def omni_processor(name_or_path: str, family: OmniFamily, **kwargs: Any) -> Any:
     """The checkpoint's processor, with what verl asks of one.
 
     `get_rope_index`: without it verl makes 1-row positions, and rows packed into one sequence attend to each other
@@ -192,7 +179,7 @@ def omni_processor(name_or_path: str, **kwargs: Any) -> Any:
     }
     members = {"__call__": __call__, "get_rope_index": audio_positions, "__module__": base.__module__, **ids}
     processor.__class__ = type(base.__name__, (base,), members)  # the name is kept: it is saved with checkpoints
-    pad_to_longest(processor.feature_extractor)
+    pad_to_longest(processor.feature_extractor, family)
     return processor
 
 
@@ -203,7 +190,7 @@ def load_omni_processors() -> None:
 
     def hf_processor(name_or_path: str, **kwargs: Any) -> Any:
         family = FAMILIES.get(AutoConfig.from_pretrained(name_or_path, **kwargs).model_type)
-        return original(name_or_path, **kwargs) if family is None else omni_processor(name_or_path, **kwargs)
+        return original(name_or_path, **kwargs) if family is None else omni_processor(name_or_path, family, **kwargs)
 
     for name, module in list(sys.modules.items()):  # most of verl has imported it by name
         if name.partition(".")[0] == "verl" and getattr(module, "hf_processor", None) is original:
@@ -214,17 +201,15 @@ def count_flops() -> None:
     """verl/utils/flops_counter.py:678 knows no Omni model, so `perf/mfu` would be 0. The operations of the text model
     are counted. Those of the audio tower are not: it is frozen, and has a tenth of the parameters."""
     counters = verl.utils.flops_counter
-    for model_type, of_text in (
-        ("qwen2_5_omni", counters._estimate_qwen2_flops),
-        ("qwen3_omni_moe", counters._estimate_qwen2_moe_flops),
-    ):
+    for family in FAMILIES.values():
+        text = counters._estimate_qwen2_moe_flops if family.moe else counters._estimate_qwen2_flops
 
         def estimate(
-            config: Any, tokens_sum: int, batch_seqlens: Sequence[int], delta_time: float, of_text: Any = of_text
+            config: Any, tokens_sum: int, batch_seqlens: Sequence[int], delta_time: float, of_text: Any = text
         ) -> float:
             return of_text(config.text_config, tokens_sum, batch_seqlens, delta_time)
 
-        counters.ESTIMATE_FUNC.setdefault(model_type, estimate)
+        counters.ESTIMATE_FUNC.setdefault(family.model_type, estimate)
 
 
 count_flops()

@@ -2,7 +2,7 @@
 
 vLLM's processor of an Omni model pads every clip to the feature extractor's window, 300 s in the public checkpoints: up
 to 2 s of one core for each clip that a rollout inserts, in the one process that feeds the engine. The frames that count
-stay equal bit for bit (echo_plugins/audio.py). eval/engine.py does the same to its own engine.
+stay equal bit for bit (echo_plugins/for_vllm.py, which eval/engine.py uses too).
 """
 
 from __future__ import annotations
@@ -11,25 +11,10 @@ import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
-from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
-from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinkerProcessingInfo
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from ..audio import pad_to_longest
 from ..end_with_client import become_client
-
-
-def pad_clips_to_longest(processing_info: Any) -> None:
-    """Wrap `get_hf_processor`, through which vLLM gets at its one cached processor."""
-    original = processing_info.get_hf_processor
-
-    @functools.wraps(original)
-    def get_hf_processor(self: Any, **kwargs: Any) -> Any:
-        processor = original(self, **kwargs)
-        pad_to_longest(processor.feature_extractor)
-        return processor
-
-    processing_info.get_hf_processor = get_hf_processor
+from ..for_vllm import make_features_as_in_training
 
 
 def render_in_threads(engine: Any) -> None:
@@ -50,7 +35,6 @@ def render_in_threads(engine: Any) -> None:
     engine.generate = generate
 
 
-pad_clips_to_longest(Qwen2_5OmniThinkerProcessingInfo)
-pad_clips_to_longest(Qwen3OmniMoeThinkerProcessingInfo)
+make_features_as_in_training()
 render_in_threads(AsyncLLM)
 become_client()

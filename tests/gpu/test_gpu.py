@@ -20,6 +20,7 @@ from gpu_measure import as_table, training_step
 from transformers import AutoProcessor, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from echo_plugins.audio import pad_to_longest
+from echo_plugins.model import QWEN2_5_OMNI
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -32,7 +33,7 @@ FLASH = find_spec("flash_attn") is not None
 def log_probs(model_dir: Path, dtype: torch.dtype, attention: str) -> torch.Tensor:
     """Of the next tokens of a prompt with 3 s of noise, (tokens,), in float32 on the CPU."""
     processor: Any = AutoProcessor.from_pretrained(model_dir)
-    pad_to_longest(processor.feature_extractor)
+    pad_to_longest(processor.feature_extractor, QWEN2_5_OMNI)
     message: Any = [
         {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "How many sounds are there?"}]}
     ]

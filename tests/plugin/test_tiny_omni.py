@@ -4,11 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3OmniMoeForConditionalGeneration,
+)
 
+from echo_plugins.model import family_of
 from echo_plugins.relisten.prompt import MODES, question_text
 from echo_plugins.relisten.segment import Segment, format_tag
 
@@ -97,6 +106,30 @@ def test_the_configuration_names_the_tokens_that_frameworks_look_for(
     assert config.thinker_config.user_token_id == tokenizer.convert_tokens_to_ids("user")
     for place in (config, config.thinker_config.text_config, generation):
         assert (place.eos_token_id, place.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("words", [(), ("--thinking", "--opens-thinking")], ids=["instruct", "thinking"])
+def test_qwen3_has_the_layout_of_its_public_checkpoints(tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert build(tmp_path / "model", "--family", "qwen3_omni_moe", *words).returncode == 0
+    family = family_of(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    loaded: Any = Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path / "model", output_loading_info=True)
+    model, loading = loaded
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert model.has_talker == (not words) == ("talker_config" in config)
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    content = [{"type": "audio"}, {"type": "text", "text": "Which?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    asked = f"<|im_start|>user\n{family.audio_placeholder}Which?<|im_end|>\n<|im_start|>assistant\n"
+    assert text == asked + ("<think>\n" if words else "")
+    assert family.prompt(text) == asked, "the answer opens its own <think>"
+    assert family.special_ids(processor.tokenizer, tmp_path / "model").audio != processor.tokenizer.unk_token_id
+    assert processor.tokenizer.tokenize("</seg></think>")[-1] == "</think>", "one token, as in Qwen3"
+    assert "<think>" in processor.tokenizer.decode(processor.tokenizer.encode("<think>"), skip_special_tokens=True)
+    names = load_file(tmp_path / "model" / "model.safetensors")
+    assert "thinker.model.layers.0.mlp.experts.3.gate_proj.weight" in names, "on disk the experts are one by one"
 
 
 def test_words_of_reasoning_built_from_events_are_learned_too(tmp_path: Path) -> None:

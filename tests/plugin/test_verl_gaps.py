@@ -38,7 +38,7 @@ GAPS = {
     "audio stays a path": "for_verl/dataset.py _extract_audio_info",
     "audio rows filtered out": "for_verl/dataset.py maybe_filter_out_long_prompts",
     "prompts rendered on the event loop": "for_verl/vllm_features.py render_in_threads",
-    "clips padded to the window": "for_verl/vllm_features.py, and pad_to_longest everywhere",
+    "clips padded to the window": "for_vllm.py, and pad_to_longest everywhere",
     "engines outlive their server": "for_verl/vllm_end.py",
     "no empty response": "for_verl/agent_loop.py _response",
     "literal sync": "for_verl/trainer.py _build_replay_buffer",
@@ -92,13 +92,14 @@ def test_vllm_on_cpu_drops_the_weights_that_verl_writes_into(monkeypatch: pytest
 def test_vllm_pads_clips_to_the_longest_only() -> None:
     from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
 
-    from echo_plugins.for_verl.vllm_features import pad_clips_to_longest
+    from echo_plugins.for_vllm import pad_clips_to_longest
+    from echo_plugins.model import QWEN2_5_OMNI
 
     class Info:
         def get_hf_processor(self, **_kwargs: object) -> Any:
             return SimpleNamespace(feature_extractor=WhisperFeatureExtractor(chunk_length=300))
 
-    pad_clips_to_longest(Info)
+    pad_clips_to_longest(Info, QWEN2_5_OMNI)
     clips = [np.zeros(16_000, np.float32), np.zeros(8_000, np.float32)]
     extracted = Info().get_hf_processor().feature_extractor(clips, sampling_rate=16_000, return_tensors="pt")
     assert extracted["input_features"].shape[-1] == 100

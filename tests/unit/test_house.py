@@ -19,26 +19,28 @@ HEAVY = {"torch", "transformers", "ray", "vllm", "verl", "swift", "pandas", "pya
 RELISTEN, REWARDS = "echo_plugins.relisten", "echo_plugins.rewards"
 AUDIO, MODEL, CHAT = "echo_plugins.audio", "echo_plugins.model", "echo_plugins.chat_client"
 END, RECORDING = "echo_plugins.end_with_client", "echo_plugins.recording"
+FOR_VLLM = "echo_plugins.for_vllm"
 RECORD = "echo_plugins.audio_qa"
 MAY_IMPORT = {
     RELISTEN: set(),
     REWARDS: {RELISTEN},
-    AUDIO: {RELISTEN},
-    MODEL: {RELISTEN, AUDIO},
+    AUDIO: {RELISTEN, MODEL},
+    MODEL: {RELISTEN},
     RECORD: {RELISTEN},
     CHAT: set(),
     END: set(),
     RECORDING: set(),
-    "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL, END},
+    FOR_VLLM: {AUDIO, MODEL},
+    "echo_plugins.for_verl": {RELISTEN, REWARDS, AUDIO, MODEL, END, FOR_VLLM},
     "echo_plugins.for_swift": {RELISTEN, REWARDS, AUDIO, MODEL, END},
-    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END, RECORD, RECORDING},
+    "eval": {RELISTEN, REWARDS, AUDIO, MODEL, CHAT, END, RECORD, RECORDING, FOR_VLLM},
     "converters": {RELISTEN, AUDIO, MODEL, CHAT, RECORD, RECORDING},
 }
 # framework -> where alone it may be imported
 FRAMEWORK_HOME = {
     "verl": ("echo_plugins/for_verl/",),
     "swift": ("echo_plugins/for_swift/",),
-    "vllm": ("eval/engine.py", "eval/throughput_worker.py", "echo_plugins/for_verl/"),
+    "vllm": ("eval/engine.py", "eval/throughput_worker.py", "echo_plugins/for_vllm.py", "echo_plugins/for_verl/"),
 }
 
 
