@@ -334,7 +334,7 @@ def qwen3_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
         "patch_size": 16,
         "num_position_embeddings": 16,
         "image_size": 64,
-        "apply_vit_abs_pos_embed": True,  # no field of transformers' class; public checkpoints have it and vLLM reads it
+        "apply_vit_abs_pos_embed": True,  # as in the public checkpoints: vLLM reads it
         "deepstack_visual_indexes": [0],
     }
     thinker = thinker_config(
