@@ -5,11 +5,14 @@ Then add its template to for_swift/template.py (ms-swift has one class per famil
 for_vllm.py. Give recipes/tiny-cpu/tiny_omni.py a builder for a random tiny checkpoint, and add the model type to the
 `FAMILIES` of tests/conftest.py: the tests of the table, the features, the actor, the engine and the merge then run for
 it. No other file names a family; where one would have to, the table lacks a field.
+
+    python -m echo_plugins.model DIR FIELD    # a field of the entry of the model in DIR, for the scripts
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,3 +211,19 @@ def _generation_eos_ids(model_dir: Path) -> list[int]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def main(argv: list[str]) -> int:
+    """Print a field of the model's entry; of a field with several values, one a line."""
+    model_dir, field = argv
+    try:
+        value = getattr(family_of(model_dir), field)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(*(value if isinstance(value, tuple) else [value]), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -607,7 +607,10 @@ class Plan:
             path, holdouts = Path(self.settings[f"PREFLIGHT_{purpose}_AUDIO_QA"]), []
             if not path.is_file() and purpose in ("SFT", "RL"):
                 path, holdouts = Path(self.settings["AUDIO_QA"]), [self.settings.whole("EVAL_HOLDOUT")]
-            if purpose == "RL" and not self.settings["PREFLIGHT_VAL_AUDIO_QA"]:
+            divided = purpose == "RL" or (
+                purpose == "SFT" and self.settings["PREFLIGHT_SFT_AUDIO_QA"] == self.settings["PREFLIGHT_RL_AUDIO_QA"]
+            )
+            if divided and not self.settings["PREFLIGHT_VAL_AUDIO_QA"]:
                 holdouts.append(self.settings.whole("RL_HOLDOUT"))
             if path.is_file():
                 found[purpose] = read_rows(path, purpose, holdouts)

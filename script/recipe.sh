@@ -67,7 +67,7 @@ make_audio_qa() { :; }
 make_base_model() { :; }
 
 prepare_data() {
-  local rl_rows="$rl_audio_qa" val_rows="$val_audio_qa"
+  local rl_rows="$rl_audio_qa" val_rows="$val_audio_qa" sft_rows="$sft_audio_qa"
   [[ "$DRY_RUN" == 1 ]] || mkdir -p "$DATA_DIR"
   make_audio_qa
   if [[ -n "${AUDIO_QA:-}" ]]; then
@@ -81,8 +81,10 @@ prepare_data() {
     rl_rows="$DATA_DIR/rl.jsonl" val_rows="$DATA_DIR/val.jsonl"
     run "$PYTHON" -m converters.holdout "$rl_audio_qa" --rows "$RL_HOLDOUT" --most-share 0.25 --held "$val_rows" \
       --rest "$rl_rows"
+    # What RL validates on is not trained on in SFT either.
+    [[ "$sft_audio_qa" != "$rl_audio_qa" ]] || sft_rows="$rl_rows"
   fi
-  run "$PYTHON" -m converters.sft_jsonl "$sft_audio_qa" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
+  run "$PYTHON" -m converters.sft_jsonl "$sft_rows" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
     --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
   # Held rows for the loss that SFT evaluates; none where they have no reasoning.
   run "$PYTHON" -m converters.sft_jsonl "$val_rows" "$DATA_DIR/sft-val-rows.jsonl" --audio-root "$audio_root" \

@@ -73,6 +73,12 @@ ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELI
 TUNER=(--tuner_type "$SFT_TUNER" --freeze_vit true --freeze_aligner true)
 if [[ "$SFT_TUNER" == lora ]]; then
   TUNER+=(--lora_rank "$SFT_LORA_RANK" --lora_alpha "$SFT_LORA_ALPHA" --target_modules all-linear)
+  if [[ "$SFT_LORA_EXPERTS" == true ]]; then
+    # Experts are no linear layers but tensors, which PEFT adapts by their names and without dropout.
+    mapfile -t EXPERTS < <(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" lora_parameters)
+    [[ -n "${EXPERTS[*]}" ]] || die "SFT_LORA_EXPERTS=true: $MODEL has no experts" 2
+    TUNER+=(--target_parameters "${EXPERTS[@]}" --lora_dropout 0)
+  fi
   [[ "$SFT_FREEZE_AUDIO" == true ]] || die "LoRA leaves the audio tower as it is: SFT_FREEZE_AUDIO=false needs SFT_TUNER=full" 2
 elif [[ "$SFT_FREEZE_AUDIO" == false ]]; then
   # Recomputing the tower would leave it without gradients: its input, the features, needs none.

@@ -53,6 +53,10 @@ environment=(  # of every process of the run, on other nodes too
   PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 )
+IMAGES=0  # a dry run may come before the model is there
+if [[ "$DRY_RUN" != 1 || -f "$MODEL/config.json" ]]; then
+  IMAGES="$(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" images_in_engine)"
+fi
 data=(
   data.train_files="$(hydra_string "$TRAIN_FILE")" data.val_files="$(hydra_string "$VAL_FILE")"
   data.custom_cls.path=pkg://echo_plugins.for_verl.dataset data.custom_cls.name=RelistenDataset
@@ -119,7 +123,7 @@ rollout=(
   actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="$RL_TOKENS_PER_GPU"
   actor_rollout_ref.rollout.agent.default_agent_loop=relisten
   actor_rollout_ref.rollout.agent.num_workers="$RL_AGENT_WORKERS"
-  "+actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt={audio: $((MAX_SEGMENTS + 1)), image: 0, video: 0}"
+  "+actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt={audio: $((MAX_SEGMENTS + 1)), image: $IMAGES, video: 0}"
   +echo.mode="$RL_MODE" +echo.max_segments="$MAX_SEGMENTS" +echo.min_segment_seconds="$MIN_SEGMENT_SECONDS"
   +echo.straddle="$STRADDLE" +echo.rollout_timeout_seconds="$RL_TIMEOUT" +echo.max_failed_share="$RL_MAX_FAILED"
   +echo.keep_best="$RL_KEEP_BEST"

@@ -18,11 +18,14 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,10 @@ REPORT = "echo_merge.json"  # marks a directory as ours to replace
 THINKER = "thinker."
 CARRIED_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "spk_dict.pt", "LICENSE*")
 NOT_CARRIED_FILES = (INDEX, REPORT, "trainer_state.json")
+# transformers holds a layer's experts as two tensors, (experts, 2 * inner, hidden) and (experts, hidden, inner), and
+# saves them one by one (conversion_mapping.py).
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+FUSED_NAME = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -69,14 +76,25 @@ def find_actor(checkpoint: Path, best: bool = False) -> Path:
     return actor
 
 
+@dataclass(frozen=True)
+class Expert:
+    """Where an expert's tensor lies: which part of which expert, in the actor's tensor `fused`."""
+
+    fused: str
+    number: int
+    part: int
+    parts: int
+
+
 class ActorState:
-    """The actor's full state, read from its rank files one tensor at a time.
+    """The actor's full state under the names of `base_keys`, read from its rank files one tensor at a time. Experts
+    that the actor holds in one tensor and the base one by one are taken out of it.
 
     Raises MergeError for a checkpoint that is not whole: a rank file that is missing, cut short, or has other tensors
     than rank 0's.
     """
 
-    def __init__(self, actor: Path) -> None:
+    def __init__(self, actor: Path, base_keys: set[str]) -> None:
         world_size = _read_json(actor / "fsdp_config.json").get("world_size")
         if not isinstance(world_size, int) or world_size < 1:
             raise MergeError(f"{actor / 'fsdp_config.json'} gives world_size {world_size!r}")
@@ -97,17 +115,38 @@ class ActorState:
                 raise MergeError(f"{path} has not the tensors of rank 0 (first: {key}); the ranks are not of one save")
         # PEFT's names by the model's own: `base_model.model.X.base_layer.weight`, with X.lora_A and X.lora_B beside it.
         self._names = {own_name(key): key for key in self._keys if "lora_" not in key}
+        self._experts: dict[str, Expert] = {}
+        for name in self._names.keys() - base_keys:
+            if match := FUSED_NAME.fullmatch(name):
+                self._take_apart(name, match[1], FUSED_EXPERTS[match[2]])
+        self._whole_experts = lru_cache(maxsize=2)(self._whole)  # both of a layer: experts come one after the other
         self._scaling = 0.0
+        adapted = {key.replace("lora_A.default.weight", "base_layer.weight") for key in self._keys if "lora_A" in key}
+        if adapted - self._keys:
+            raise MergeError(
+                f"{actor} has an adapter of {min(adapted - self._keys)}. It is no linear layer, so it stays apart: "
+                "leave it out of RL_LORA_TARGETS"
+            )
         if any("lora_" in key for key in self._keys):
             adapter = _read_json(actor / "lora_train_meta.json")
             self._scaling = adapter["lora_alpha"] / adapter["r"]
 
+    def _take_apart(self, name: str, experts: str, parts: tuple[str, ...]) -> None:
+        for number in range(self._ranks[0][self._names[name]].shape[0]):
+            for place, part in enumerate(parts):
+                self._experts[f"{experts}.{number}.{part}.weight"] = Expert(
+                    self._names[name], number, place, len(parts)
+                )
+        del self._names[name]
+
     def keys(self) -> set[str]:
-        return set(self._names)
+        return self._names.keys() | self._experts.keys()
 
     def tensor(self, key: str) -> torch.Tensor:
         """The whole tensor, in the dtype it was trained in, with its adapter merged: W + alpha / r * B A (LoRA, arXiv
         2106.09685, section 4.1). Raises MergeError when its shards do not make one."""
+        if expert := self._experts.get(key):
+            return self._whole_experts(expert.fused)[expert.number].chunk(expert.parts)[expert.part].clone()
         stored = self._names[key]
         whole = self._whole(stored)
         down = stored.replace("base_layer.weight", "lora_A.default.weight")
@@ -217,7 +256,7 @@ def merge(
     """
     actor = find_actor(checkpoint, best)
     base = BaseModel(base_path)
-    state = ActorState(actor)
+    state = ActorState(actor, base.keys)
     trained = {key for key in base.keys if key.startswith(THINKER)}
     _check_names(state.keys() - base.tied, trained, actor, base_path)
     changed: Counter[str] = Counter()

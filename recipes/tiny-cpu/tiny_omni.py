@@ -93,7 +93,7 @@ class Layout:
     audio_window_frames: int
     config: Callable[[PreTrainedTokenizerFast, argparse.Namespace], Any]
     processor_class: Any
-    vision: dict[str, int]
+    vision: dict[str, Any]
 
 
 class VocabularyError(ValueError):
@@ -250,7 +250,7 @@ SMALL_VISION = {"depth": 1, "hidden_size": HEAD_SIZE, "intermediate_size": HEAD_
 
 
 def qwen2_5_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen2_5OmniConfig:
-    token_id = tokenizer.convert_tokens_to_ids
+    token_id: Callable[[str], Any] = tokenizer.convert_tokens_to_ids
     placeholders = {
         "audio_token_index": token_id("<|AUDIO|>"),
         "image_token_index": token_id("<|IMAGE|>"),
@@ -307,7 +307,7 @@ def qwen2_5_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace)
 
 
 def qwen3_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen3OmniMoeConfig:
-    token_id = tokenizer.convert_tokens_to_ids
+    token_id: Callable[[str], Any] = tokenizer.convert_tokens_to_ids
     placeholders = {
         "audio_token_id": token_id("<|audio_pad|>"),
         "image_token_id": token_id("<|image_pad|>"),
@@ -334,6 +334,7 @@ def qwen3_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
         "patch_size": 16,
         "num_position_embeddings": 16,
         "image_size": 64,
+        "apply_vit_abs_pos_embed": True,  # as in the public checkpoints: vLLM reads it
         "deepstack_visual_indexes": [0],
     }
     thinker = thinker_config(
@@ -380,20 +381,20 @@ def qwen3_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -
         "rope_parameters": small_rope,
         "max_position_embeddings": 512,
     }
-    chat = {f"{name}_token_id": token_id(name) for name in ("system", "user", "assistant")}
-    speech = zip(("tts_pad", "tts_bos", "tts_eos"), ("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>"), strict=True)
-    ids: dict[str, Any] = {
-        "im_start_token_id": token_id("<|im_start|>"),
-        "im_end_token_id": token_id("<|im_end|>"),
-        **chat,
-        **{f"{name}_token_id": token_id(token) for name, token in speech},
+    chat: dict[str, Any] = {f"{name}_token_id": token_id(name) for name in ("system", "user", "assistant")}
+    chat |= {f"im_{end}_token_id": token_id(f"<|im_{end}|>") for end in ("start", "end")}
+    speech: dict[str, Any] = {
+        "tts_pad_token_id": token_id("<tts_pad>"),
+        "tts_bos_token_id": token_id("<tts_text_bos>"),
+        "tts_eos_token_id": token_id("<tts_text_eod>"),
     }
     return Qwen3OmniMoeConfig(
         thinker_config=thinker,
         talker_config=talker,
         code2wav_config=code2wav,
         enable_audio_output=not args.thinking,
-        **ids,
+        **chat,
+        **speech,
     )
 
 

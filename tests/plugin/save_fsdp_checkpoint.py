@@ -9,23 +9,26 @@ global_step_3/actor and verl's tracker file, as a run of stage 2 leaves them. Ru
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
-from transformers import Qwen2_5OmniForConditionalGeneration
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+
+from echo_plugins.model import family_of
 
 MESHES = {"fsdp": ((2,), ("fsdp",)), "hsdp": ((2, 1), ("ddp", "fsdp"))}
 
 
-def trained_model(path: str) -> Qwen2_5OmniForConditionalGeneration:
-    """The model as verl trains it, without talker and token2wav; every tensor but the audio tower's has moved."""
-    model = Qwen2_5OmniForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+def trained_model(path: str) -> Any:
+    """The model as verl trains it, without talker and vocoder; every tensor but the audio tower's has moved."""
+    model = getattr(transformers, family_of(path).model_class).from_pretrained(path, dtype=torch.float32)
     model.disable_talker()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessorKwargs
 
 from echo_plugins.audio import AudioError, crop, pad_to_longest
-from echo_plugins.model import FAMILIES, QWEN2_5_OMNI, QWEN3_OMNI, OmniFamily
+from echo_plugins.model import FAMILIES, QWEN2_5_OMNI, QWEN3_OMNI, OmniFamily, family_of
 
 BY_ITS_PROCESSOR: dict[str, dict[str, Any]] = {
     "silence": {"padding": "max_length"},  # Qwen2_5OmniProcessor.__call__
@@ -131,3 +132,31 @@ def test_it_is_changed_once_and_still_saves_under_its_own_name(tmp_path: Any) ->
     again = WhisperFeatureExtractor.from_pretrained(tmp_path)
     assert type(again) is WhisperFeatureExtractor
     assert again.n_samples == tight.n_samples
+
+
+@pytest.mark.parametrize("length", [3_199, 3_200, 3_201, 16_000, 16_079, 480_001])
+def test_vllm_hears_a_clip_as_training_does(omni_model: Path, length: int) -> None:
+    """The processor of its engine, without the engine."""
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    from echo_plugins.for_vllm import make_features_as_in_training
+
+    make_features_as_in_training()
+    family = family_of(omni_model)
+    if length > family.window_samples(WhisperFeatureExtractor.from_pretrained(omni_model)):
+        pytest.skip("over the window of the tiny checkpoint")
+    limits: Any = {"audio": 2, "image": family.images_in_engine, "video": 0}
+    processor = MULTIMODAL_REGISTRY.create_processor(
+        ModelConfig(model=str(omni_model), dtype="float32", limit_mm_per_prompt=limits)
+    )
+    clips = noise(length, 5_000)
+    items = processor.info.parse_mm_data({"audio": [(clip, 16_000) for clip in clips]})
+    made: Any = processor(family.audio_placeholder * 2, mm_items=items)
+    ours = pad_to_longest(WhisperFeatureExtractor.from_pretrained(omni_model), family)
+    for clip, item, place in zip(clips, made["mm_kwargs"]["audio"], made["mm_placeholders"]["audio"], strict=True):
+        expected = extract(ours, [clip])
+        heard = expected["attention_mask"][0].astype(bool)
+        features = item["input_audio_features"].data.numpy()
+        assert np.array_equal(features, expected["input_features"][0][:, heard])
+        assert place.length == family.num_audio_tokens(len(clip), ours.hop_length)

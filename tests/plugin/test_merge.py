@@ -16,6 +16,7 @@ from transformers import (
     AutoProcessor,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeForConditionalGeneration,
 )
 
 from echo_plugins.for_verl import merge as merging
@@ -27,12 +28,15 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_runs(tiny_model, tmp_path_factory.mktemp("checkpoints") / "runs")
+
+
+def save_runs(model: Path, output: Path) -> Path:
     """fsdp/ and hsdp/, two runs as stage 2 leaves them, and expected.safetensors, the actor's full state."""
-    output = tmp_path_factory.mktemp("checkpoints") / "runs"
     script = Path(__file__).with_name("save_fsdp_checkpoint.py")
     environment = os.environ | {"VERL_USE_EXTERNAL_PLUGINS": "none", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, str(script), str(tiny_model), str(output)],
+        [sys.executable, str(script), str(model), str(output)],
         env=environment,
         capture_output=True,
         text=True,
@@ -40,6 +44,36 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert result.returncode == 0, result.stderr
     return output
+
+
+def test_experts_that_are_trained_together_are_saved_one_by_one(tiny_qwen3: Path, tmp_path: Path) -> None:
+    runs = save_runs(tiny_qwen3, tmp_path / "runs")
+    expected, before = load_file(runs / "expected.safetensors"), all_weights(tiny_qwen3)
+    experts = "thinker.model.layers.1.mlp.experts"
+    assert f"{experts}.gate_up_proj" in expected and f"{experts}.3.up_proj.weight" in before
+    for mesh in ("fsdp", "hsdp"):
+        report = merge(runs / mesh, tiny_qwen3, tmp_path / mesh)
+        merged = all_weights(tmp_path / mesh)
+        assert {key: tensor.shape for key, tensor in merged.items()} == {key: t.shape for key, t in before.items()}
+        inner = merged[f"{experts}.3.up_proj.weight"].shape[0]
+        assert torch.equal(merged[f"{experts}.3.up_proj.weight"], expected[f"{experts}.gate_up_proj"][3, inner:])
+        text = report["trained_tensors"]["thinker.model"]
+        assert text["changed"] == text["total"] and report["trained_tensors"]["thinker.audio_tower"]["changed"] == 0
+        others = [key for key in before if key.startswith(("talker.", "code2wav."))]
+        assert others and all(torch.equal(merged[key], before[key]) for key in others)
+    loaded = Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path / "fsdp").state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+
+
+def test_experts_that_the_base_holds_in_one_tensor_stay_so(tiny_qwen3: Path, tmp_path: Path) -> None:
+    runs = save_runs(tiny_qwen3, tmp_path / "runs")
+    expected = load_file(runs / "expected.safetensors")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen3, base)
+    model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(tiny_qwen3)
+    save_file(model.state_dict(), base / "model.safetensors", {"format": "pt"})
+    merge(runs / "fsdp", base, tmp_path / "merged")
+    assert_merged(tmp_path / "merged", base, expected)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoProcessor,
     Qwen2_5OmniForConditionalGeneration,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from converters.sft_jsonl import main as sft_jsonl
+from echo_plugins.model import family_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -64,7 +66,8 @@ def losses(output: Path) -> list[tuple[str, str]]:
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
-    return Qwen2_5OmniForConditionalGeneration.from_pretrained(model, dtype=torch.float32).state_dict()
+    model_class = getattr(transformers, family_of(model).model_class)
+    return model_class.from_pretrained(model, dtype=torch.float32).state_dict()
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
@@ -130,13 +133,25 @@ def test_after_a_kill_it_goes_on_from_the_last_whole_checkpoint(
     assert not changed(weights(trained / "last"), weights(output / "last"))
 
 
-def test_the_audio_tower_stays_as_it_is_by_default(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    train(tiny_model, rows_file, tmp_path, SFT_MAX_STEPS="1")
-    assert changed(weights(tiny_model), weights(tmp_path / "last")) == {"thinker.model", "thinker.lm_head"}
+def test_the_audio_tower_stays_as_it_is_by_default(omni_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    train(omni_model, rows_file, tmp_path, SFT_MAX_STEPS="1")
+    before, after = weights(omni_model), weights(tmp_path / "last")
+    assert changed(before, after) == {"thinker.model", "thinker.lm_head"}
+    experts = [name for name in before if name.startswith("thinker.model.") and ".experts." in name]
+    assert all(not torch.equal(before[name], after[name]) for name in experts)
+    assert bool(experts) == family_of(omni_model).moe
 
 
-def test_lora_leaves_a_merged_model(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    train(tiny_model, rows_file, tmp_path, SFT_MAX_STEPS="1", SFT_TUNER="lora")
-    assert changed(weights(tiny_model), weights(tmp_path / "last")) == {"thinker.model"}
-    assert (tmp_path / "last" / "spk_dict.pt").is_file()
+def test_lora_leaves_a_merged_model(omni_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    train(omni_model, rows_file, tmp_path, SFT_MAX_STEPS="1", SFT_TUNER="lora")
+    assert changed(weights(omni_model), weights(tmp_path / "last")) == {"thinker.model"}
+    assert {path.name for path in omni_model.glob("spk_dict.pt")} <= {path.name for path in tmp_path.glob("last/*")}
     AutoProcessor.from_pretrained(tmp_path / "last")
+
+
+def test_lora_of_experts_is_merged_too(tiny_qwen3: Path, rows_file: Path, tmp_path: Path) -> None:
+    train(tiny_qwen3, rows_file, tmp_path, SFT_MAX_STEPS="1", SFT_TUNER="lora", SFT_LORA_EXPERTS="true")
+    before, after = weights(tiny_qwen3), weights(tmp_path / "last")
+    assert changed(before, after) == {"thinker.model"}
+    experts = [name for name in before if name.startswith("thinker.model.") and ".experts." in name]
+    assert experts and all(not torch.equal(before[name], after[name]) for name in experts)

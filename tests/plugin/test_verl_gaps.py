@@ -4,6 +4,7 @@ release has closed the gap, and then the adapter goes."""
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import json
 import logging
@@ -87,6 +88,53 @@ def test_vllm_on_cpu_drops_the_weights_that_verl_writes_into(monkeypatch: pytest
     layer = torch.nn.Linear(64, 64, bias=False)
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     assert layer.weight.numel() == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a gap of the CPU build")
+def test_vllm_on_cpu_repacks_experts_into_weights_that_nothing_can_be_loaded_into() -> None:
+    """Closed upstream: take out for_verl/vllm_worker.py keep_expert_weights."""
+    cpu_fused_moe: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    source = inspect.getsource(cpu_fused_moe.CPUFusedMOE.init_moe_grouped_gemm)
+    assert 'replace_parameter(layer, "w13_weight", new_w13)' in source
+    layer: Any = torch.nn.Module()
+    weight: Any = torch.nn.Parameter(torch.zeros(2, 128, 64), requires_grad=False)
+    weight.weight_loader = print
+    layer.register_parameter("w13_weight", weight)
+    cpu_fused_moe.replace_parameter(layer, "w13_weight", torch.ones(2, 128, 64))
+    assert not hasattr(layer.w13_weight, "weight_loader")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a gap of the CPU build")
+def test_vllm_on_cpu_asks_for_a_configuration_in_each_forward_of_an_expert() -> None:
+    """Closed upstream: take out for_verl/vllm_worker.py activate_experts_without_a_config."""
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+
+    assert "MoEActivation.SILU: lambda x: SiluAndMul(compile_native=False)" in inspect.getsource(cpu_fused_moe)
+    with pytest.raises(AssertionError, match="Current vLLM config is not set"):
+        SiluAndMul(compile_native=False)
+
+
+def test_vllm_makes_buffers_of_qwen3_omni_where_a_tower_that_is_left_out_lies() -> None:
+    """Closed upstream: take out OmniFamily.images_in_engine."""
+    from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
+
+    lines = inspect.getsource(Thinker.__init__).splitlines()
+    (tower,) = (at for at, line in enumerate(lines) if 'with self._mark_tower_model(vllm_config, {"image"' in line)
+    (buffers,) = (at for at, line in enumerate(lines) if "self.deepstack_input_embeds = [" in line)
+    indent = len(lines[tower]) - len(lines[tower].lstrip())
+    assert tower < buffers and all(line[: indent + 1].isspace() for line in lines[tower + 1 : buffers] if line.strip())
+
+
+def test_vllm_puts_zeros_after_a_clip_of_qwen3_omni() -> None:
+    """Closed upstream: take out for_vllm.py leave_clips_as_they_are."""
+    from vllm.model_executor.models import qwen3_omni_moe_thinker as module
+
+    import echo_plugins.for_vllm as for_vllm
+
+    assert "pad_to_hop_length(audio, hop_length)" in Path(module.__file__).read_text()
+    for_vllm.make_features_as_in_training()
+    assert "_call_hf_processor" not in vars(module.Qwen3OmniMoeThinkerMultiModalProcessor)
 
 
 def test_vllm_pads_clips_to_the_longest_only() -> None:

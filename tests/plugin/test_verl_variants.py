@@ -1,5 +1,5 @@
 """Two real steps of each kind of RL that a setting chooses: GSPO with token weights and filtered groups, LoRA, and
-rollouts that run ahead of the update."""
+rollouts that run ahead of the update; and of a model whose layers have experts."""
 
 from __future__ import annotations
 
@@ -82,3 +82,17 @@ def test_rollouts_that_run_ahead_of_the_update(tiny_model: Path, soundscapes: Pa
         assert metrics[step]["actor/grad_norm"] > 0 and metrics[step]["failed/share"] == 0.0
     assert (tmp_path / "out" / "global_step_2" / "transfer_queue").exists(), "what was begun is kept for the next start"
     assert len((tmp_path / "out" / "trajectories" / "2.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_model_with_experts(tiny_qwen3: Path, soundscapes: Path, tmp_path: Path) -> None:
+    metrics = two_steps(tiny_qwen3, soundscapes, tmp_path)
+    for step in (1, 2):  # the second has rollouts of weights that the engine was sent after an update
+        assert metrics[step]["training/rollout_probs_diff_max"] < 1e-4
+        assert metrics[step]["actor/grad_norm"] > 0 and metrics[step]["failed/share"] == 0.0
+    actor = torch.load(tmp_path / "out/global_step_2/actor/model_world_size_1_rank_0.pt", weights_only=False)
+    before = load_file(tiny_qwen3 / "model.safetensors")
+    layer = "thinker.model.layers.0.mlp.experts"
+    trained = actor[f"{layer}.down_proj"].to_local()
+    assert any(not torch.equal(trained[i], before[f"{layer}.{i}.down_proj.weight"]) for i in range(len(trained)))
+    frozen = [name for name in actor if name.startswith(("thinker.audio_tower.", "thinker.visual."))]
+    assert frozen and all(torch.equal(actor[name].to_local(), before[name]) for name in frozen)
