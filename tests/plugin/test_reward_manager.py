@@ -100,6 +100,7 @@ def test_a_right_rollout_gets_the_papers_reward_with_every_component(tokenizer: 
         "reward_consistency": 0.0,
         "problems": "{}",
         "audio": "/data/a.wav",
+        "filter": "1.5",
     }
 
 
@@ -141,7 +142,9 @@ def test_a_tag_that_inserted_nothing_earns_no_segment_reward(tokenizer: Any) -> 
 def test_a_failed_rollout_scores_zero_and_is_counted(tokenizer: Any) -> None:
     score, info = scored(tokenizer, GOOD, stop_reason="error")
     assert score == 0.0
-    assert info == dict.fromkeys(info, 0.0) | {"failed": 1.0, "problems": "{}", "audio": "/data/a.wav"}
+    assert info == dict.fromkeys(info, 0.0) | {
+        **{"failed": 1.0, "problems": "{}", "audio": "/data/a.wav", "filter": "nan"}
+    }
 
 
 def test_a_row_that_no_answer_satisfies_scores_zero_and_is_named(
