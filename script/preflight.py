@@ -98,7 +98,15 @@ BOOLEANS: dict[str, str] = dict.fromkeys(("true", "false"), "true false")
 BOOLEANS |= dict.fromkeys(("True", "False"), "True False true false")
 OR_FILE = {"SFT_DEEPSPEED": (".json",), "REWARD_PRESET": (".yaml", ".yml")}
 SEVERAL = {"EVAL_MODES": r"\S+", "EVAL_ARMS": r"\S+", "TRACKERS": r"[^\s,]+"}  # a pattern of one of their words
-CHECKED_ELSEWHERE = ("NODE_LAUNCHER", "SFT_MODE", "RL_LOSS", "RL_LORA_TARGETS", "RL_ARGS", "BENCHMARKS")
+CHECKED_ELSEWHERE = (
+    "NODE_LAUNCHER",
+    "SFT_MODE",
+    "RL_LOSS",
+    "SFT_LORA_TARGETS",
+    "RL_LORA_TARGETS",
+    "RL_ARGS",
+    "BENCHMARKS",
+)
 # The other settings are numbers: whole ones from 1 where the default is whole or empty, otherwise any above 0.
 DECIMAL = "SFT_EPOCHS SFT_LORA_ALPHA RL_LORA_ALPHA RL_ENTROPY RL_TIMEOUT RL_TIS RL_VAL_TEMPERATURE TRAJECTORY_MEGABYTES"
 FROM_0 = """NUM_GPUS SEED MAX_SEGMENTS RL_HOLDOUT EVAL_HOLDOUT SFT_WORKERS SFT_EVAL_STEPS RL_KEEP_CHECKPOINTS RL_KL

@@ -72,7 +72,7 @@ ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELI
 # tower is frozen too: no row has images.
 TUNER=(--tuner_type "$SFT_TUNER" --freeze_vit true --freeze_aligner true)
 if [[ "$SFT_TUNER" == lora ]]; then
-  TUNER+=(--lora_rank "$SFT_LORA_RANK" --lora_alpha "$SFT_LORA_ALPHA" --target_modules all-linear)
+  TUNER+=(--lora_rank "$SFT_LORA_RANK" --lora_alpha "$SFT_LORA_ALPHA" --target_regex "$SFT_LORA_TARGETS")
   if [[ "$SFT_LORA_EXPERTS" == true ]]; then
     # Experts are no linear layers but tensors, which PEFT adapts by their names and without dropout.
     mapfile -t EXPERTS < <(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" lora_parameters)

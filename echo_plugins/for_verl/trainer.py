@@ -37,7 +37,6 @@ from typing import Any
 
 import numpy as np
 import transfer_queue as tq
-from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
@@ -45,7 +44,6 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
-from ..model import family_of
 from ..relisten.segment import Refusal, Segment, iou, overlap_ratio
 from ..relisten.trajectory import Attempt, StopReason
 from .engine_watch import EngineWatch, end_the_process, note_failure, one_line
@@ -104,7 +102,6 @@ class EchoTrainer(PPOTrainer):
         """Raises PresetError and ValueError, for what is wrong with the reward or the log, before anything starts."""
         preset_from_config(config)
         refuse_what_omni_models_cannot_take(config)
-        allow_what_the_engine_needs(config)
         echo = config.get("echo") or {}
         self.max_failed_share = float(echo.get("max_failed_share", MAX_FAILED_SHARE))
         self.max_gen_batches = int(echo.get("max_gen_batches", MAX_GEN_BATCHES))
@@ -482,13 +479,6 @@ def hit_metrics(
     ]
     has_events = any(labelled is not None and len(labelled) for labelled in events)
     return {"segments/hit": sum(hits) / len(hits) if hits else 0.0} if has_events else {}
-
-
-def allow_what_the_engine_needs(config: Any) -> None:
-    """Images a prompt may have in vLLM: more than 0 for a family whose engine dies at 0, though none has one."""
-    limits = OmegaConf.select(config, "actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt")
-    if limits is not None:
-        limits["image"] = max(limits.get("image", 0), family_of(config.actor_rollout_ref.model.path).images_in_engine)
 
 
 def refuse_what_omni_models_cannot_take(config: Any) -> None:
