@@ -46,14 +46,20 @@ MODEL_FILES = (
 CONTINUES = {"sft": "its checkpoint", "rl": "its checkpoint"}  # the other stages are made again
 
 
+def table() -> list[list[str]]:
+    """The rows of script/settings.md: "", name, default, stages, kind, what it is, ""."""
+    lines = SETTINGS.read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [cells for cells in rows if len(cells) == 7]
+
+
 def settings_of(stage: str) -> dict[str, str]:
     """name -> learned, run or more, of each setting that script/settings.md gives the stage."""
-    kinds = {}
-    for line in SETTINGS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) == 7 and stage in cells[3].split(","):
-            kinds[cells[1]] = cells[4]
-    return kinds
+    return {cells[1]: cells[4] for cells in table() if stage in cells[3].split(",")}
+
+
+def defaults() -> dict[str, str]:
+    return {cells[1]: cells[2] for cells in table()}
 
 
 def sha256(path: Path) -> str:
@@ -99,10 +105,12 @@ def versions() -> dict[str, str]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What was learned from then and is another now, a line each."""
-    lines = []
+    """What was learned from then and is another now, a line each. A setting that came later than the manifest had the
+    effect of its default."""
+    lines, default = [], defaults()
     for name in before["learned"].keys() | now["learned"].keys():
-        old, new = before["learned"].get(name, ""), now["learned"].get(name, "")
+        old = before["learned"].get(name, default.get(name, ""))
+        new = now["learned"].get(name, default.get(name, ""))
         if old != new:
             what = "what follows --" if name == "WORDS_TEXT" else name
             lines.append(f"{what} was {old or 'empty'}, is {new or 'empty'}")

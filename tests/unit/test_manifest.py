@@ -257,3 +257,14 @@ def test_a_dry_run_prints_the_command_needs_no_input_and_leaves_nothing(tmp_path
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=values, check=False)
     assert done.returncode == 0 and "# stage sft" in done.stdout and "touch" in done.stdout
     assert not any(tmp_path.iterdir())
+
+
+def test_a_setting_that_came_later_had_its_defaults_effect_before() -> None:
+    sys.path.insert(0, str(ROOT / "script"))
+    import manifest as script
+
+    begun = {"learned": {"SFT_LR": "1e-5"}, "inputs": {}}
+    default = script.defaults()["SFT_LORA_TARGETS"]
+    assert script.differences(begun, {"learned": {"SFT_LR": "1e-5", "SFT_LORA_TARGETS": default}, "inputs": {}}) == []
+    other = {"learned": {"SFT_LR": "1e-5", "SFT_LORA_TARGETS": ".*q_proj"}, "inputs": {}}
+    assert script.differences(begun, other) == [f"SFT_LORA_TARGETS was {default}, is .*q_proj"]
