@@ -70,7 +70,7 @@ class OmniFamily:
     clip_end: Literal["silence", "mirror"]
     window_seconds: int
     frozen: tuple[str, ...] = ("thinker.audio_tower", "thinker.visual")
-    lora_targets: str = r".*thinker\.model\.layers\..*_proj"
+    lora_targets: str = r".*thinker\.model\.layers\.\d+\.(?!mlp\.experts).*_proj"
     lora_parameters: tuple[str, ...] = ()
     moe: bool = False
     images_in_engine: int = 0

@@ -54,7 +54,7 @@ environment=(  # of every process of the run, on other nodes too
   PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 )
 IMAGES=0  # a dry run may come before the model is there
-if [[ "$DRY_RUN" != 1 || -f "$MODEL/config.json" ]]; then
+if [[ -f "$MODEL/config.json" ]]; then
   IMAGES="$(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" images_in_engine)"
 fi
 data=(
