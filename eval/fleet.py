@@ -213,7 +213,9 @@ def connect_ray(say: Callable[[str], None]) -> None:
         if ray.is_initialized():
             return
         try:
-            ray.init(include_dashboard=None if os.environ.get("RAY_ADDRESS") else False, logging_level=logging.ERROR)
+            # "local": else Ray joins whatever cluster was started last on this machine, and waits for it if it is gone.
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(address, include_dashboard=None if address != "local" else False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises no narrower one (_private/node.py:440 of 2.60)
             # A raylet gives its dashboard agent 15 s to import what it needs: on a loaded machine it takes longer.
             if "timed out during startup" not in str(error) or attempt == RAY_STARTS:
