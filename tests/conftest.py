@@ -1,12 +1,15 @@
 """What tests share: the tiny checkpoint and a small set of soundscapes, made once by the recipe's own scripts."""
 
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("COLUMNS", "300")  # a message's line breaks would else depend on how long a temporary path is
 
 FAMILIES = ("qwen2_5_omni", "qwen3_omni_moe")
 TINY_CPU = Path(__file__).resolve().parents[1] / "recipes" / "tiny-cpu"

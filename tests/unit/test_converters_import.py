@@ -395,7 +395,7 @@ def test_a_label_map_that_is_none_is_refused_in_one_line(root: Path, content: by
     table = "segment_id\tstart_time_seconds\tend_time_seconds\tlabel\na\t0\t1\t/m/1\n"
     words = ["--preset", "audioset-strong", "--label-map", str(labels)]
     result, _, _ = convert(delimited.app, root, "in.tsv", table, *words)
-    assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and told in result.output
 
 
 def test_labels_that_the_map_lacks_are_counted(root: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_key_that_only_a_late_row_has_may_be_mapped_and_a_path_that_none_has_m
 )
 def test_the_columns_of_a_fixed_format_are_known(root: Path, app: typer.Typer, name: str, content: str) -> None:
     result, _, _ = convert(app, root, name, content, "--map", "audio={fiel}.wav")
-    assert result.exit_code == 2 and "did you mean 'file'" in " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and "did you mean 'file'" in result.output
 
 
 def test_channels_of_a_conversation_stay_apart_and_na_is_a_word(root: Path) -> None:
