@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from echo_plugins.relisten.segment import Segment, iou, overlap_ratio, union_seconds
+from echo_plugins.relisten.segment import HIT_IOU, Segment, iou, overlap_ratio, shared_seconds, union_seconds
 from echo_plugins.rewards.terms import mentions
 
 from .benchmarks import labels
@@ -35,7 +35,6 @@ from .predictions import PredictionsError, write_whole
 from .score import grade_all, load
 from .stats import Interval, independent_difference, wilson
 
-HIT_IOU = 0.5
 RECALL_AT = (0.3, 0.5, 0.7)
 ENOUGH_HITS = 0.9  # more cannot come from listening elsewhere
 
@@ -93,16 +92,15 @@ def listened(row: Mapping[str, Any], right: bool) -> Listened | None:
     if not events:
         return None
     clips = [Segment(clip["start"], clip["end"]) for clip in row.get("segments") or () if clip.get("inserted")]
-    met = [max((iou(clip, event) for clip in clips), default=0.0) for event in events]
+    met = [max((iou([clip], [event]) for clip in clips), default=0.0) for event in events]
     seconds = union_seconds(events)
-    heard = union_seconds(clips) + seconds - union_seconds([*clips, *events])
     return Listened(
         right,
         max(met),
         tuple(sum(value > level for value in met) / len(met) for level in RECALL_AT),
         len(clips),
-        sum(any(iou(clip, event) > HIT_IOU for event in events) for clip in clips),
-        heard / seconds if seconds else 0.0,
+        sum(any(iou([clip], [event]) > HIT_IOU for event in events) for clip in clips),
+        shared_seconds(clips, events) / seconds if seconds else 0.0,
         overlap_ratio(clips) if clips else None,
     )
 

@@ -30,10 +30,11 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import transfer_queue as tq
@@ -44,7 +45,7 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 
-from ..relisten.segment import Refusal, Segment, iou, overlap_ratio
+from ..relisten.segment import HIT_IOU, Refusal, Segment, iou, overlap_ratio
 from ..relisten.trajectory import Attempt, StopReason
 from .engine_watch import EngineWatch, end_the_process, note_failure, one_line
 from .merge import BEST, LATEST
@@ -57,7 +58,6 @@ CHECKPOINT = "global_step_"
 MAX_FAILED_SHARE = 0.5
 MAX_GEN_BATCHES = 10
 FLAT_STEPS = 3  # in a row without any difference within a group: nothing is learned, and a warning says so
-HIT_IOU = 0.5
 POLL_SECONDS = 0.2  # verl's 2 s between looks at the rollouts is half of a step of the tiny model
 
 
@@ -83,13 +83,9 @@ class LogSettings:
         section = dict(config.get("echo_log") or {})
         unknown = sorted(section.keys() - {setting.name for setting in fields(cls)})
         settings = cls() if unknown else cls(**section)
-        if (
-            unknown
-            or min(settings.rows, settings.shown) < 0
-            or settings.megabytes <= 0
-            or not isinstance(settings.ids, bool)
-        ):
-            raise ValueError(f"echo_log wants rows >= 0, megabytes > 0 and ids True or False, not {section}")
+        in_range = min(settings.rows, settings.shown) >= 0 and settings.megabytes > 0
+        if unknown or not in_range or not isinstance(settings.ids, bool):
+            raise ValueError(f"echo_log wants rows and shown >= 0, megabytes > 0, ids True or False, not {section}")
         return settings
 
 
@@ -177,8 +173,8 @@ class EchoTrainer(PPOTrainer):
         keep = self.config.trainer.get("max_actor_ckpt_to_keep", None)
         if keep:
             folder = Path(self.config.trainer.default_local_dir)
-            best = read_step(folder / BEST) if self.keep_best else None
-            prune_checkpoints(folder, max(1, keep - room_for), torn, {best} if best is not None else set())
+            spared = {read_step(folder / BEST)} if self.keep_best else set()
+            prune_checkpoints(folder, max(1, keep - room_for), torn, spared)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> KVBatchMeta:
         """verl calls this first with a step's rollouts. Those that failed leave their groups here: a score of 0 that no
@@ -348,18 +344,13 @@ def note_best(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
     value, record = float(np.mean(values)), folder / "best_validation.json"
     if record.is_file() and json.loads(record.read_text())["acc"] >= value:
         return
-    write_whole(record, json.dumps({"step": step, "acc": value}))
-    write_whole(folder / BEST, str(step))
-
-
-def write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    for path, text in ((record, json.dumps({"step": step, "acc": value})), (folder / BEST, str(step))):
+        with written_whole(path) as file:
+            file.write(text.encode())
 
 
 def prune_checkpoints(
-    folder: Path, keep: int | None, torn: bool = False, spared: Collection[int] = frozenset()
+    folder: Path, keep: int | None, torn: bool = False, spared: Collection[int | None] = frozenset()
 ) -> list[int]:
     """Delete the checkpoints in `folder` that are older than the newest `keep`, but for `spared`. Returns their steps.
 
@@ -372,9 +363,8 @@ def prune_checkpoints(
     if not keep or keep < 0 or last not in found:
         return []
     whole = sorted(step for step in found if step <= last)
-    unwanted = [step for step in whole[:-keep] if step not in spared] + (
-        sorted(found.keys() - set(whole)) if torn else []
-    )
+    unwanted = [step for step in whole[:-keep] if step not in spared]
+    unwanted += sorted(found.keys() - set(whole)) if torn else []
     freed = sum(file.stat().st_size for step in unwanted for file in found[step].rglob("*") if file.is_file())
     for step in unwanted:
         found[step].rename(folder / f".deleted_{step}")  # a half-deleted folder must not look like a checkpoint
@@ -471,7 +461,7 @@ def hit_metrics(
     """`segments/hit`, where rows have events: the share of inserted clips whose intersection over union with one of
     their row's events is over HIT_IOU."""
     hits = [
-        any(iou(attempt.segment, Segment(event["start"], event["end"])) > HIT_IOU for event in labelled)
+        any(iou([attempt.segment], [Segment(event["start"], event["end"])]) > HIT_IOU for event in labelled)
         for trajectory, labelled in zip(trajectories, events, strict=True)
         if labelled is not None and len(labelled)
         for attempt in attempts_of(trajectory)
@@ -581,20 +571,27 @@ def choose(rows: Iterable[Mapping[str, Any]], number: int) -> list[Mapping[str, 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], most_bytes: int) -> int:
     """Write `rows` whole or not at all, up to `most_bytes`. Returns how many did not fit."""
+    written = left_out = 0
+    with written_whole(path) as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            if written + len(line) > most_bytes:
+                left_out += 1
+                continue
+            written += file.write(line)
+    return left_out
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well, and else is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written = left_out = 0
     try:
         with unfinished.open("wb") as file:
-            for row in rows:
-                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                if written + len(line) > most_bytes:
-                    left_out += 1
-                    continue
-                written += file.write(line)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return left_out

@@ -14,6 +14,7 @@ OPEN_TAG = "<seg>"
 CLOSE_TAG = "</seg>"
 
 MIN_SEGMENT_SECONDS = 0.2  # 3,200 samples at 16 kHz; below it the audio encoder yields under 5 tokens
+HIT_IOU = 0.5  # a clip whose intersection over union with an event is above this one meets it
 MAX_SEGMENTS = 8  # inserted clips a trajectory; the paper's policy uses 1.9 on average (section 5)
 
 # The longest body that can be a pair of times. It bounds every search, so that a tag of 10 MB costs nothing.
@@ -116,10 +117,15 @@ def union_seconds(segments: Sequence[Segment]) -> float:
     return total
 
 
-def iou(one: Segment, other: Segment) -> float:
-    """Intersection over union of two spans of time, from 0 to 1."""
-    union = union_seconds([one, other])
-    return (one.duration_seconds + other.duration_seconds - union) / union if union else 0.0
+def shared_seconds(some: Sequence[Segment], others: Sequence[Segment]) -> float:
+    """Seconds that segments of both cover."""
+    return union_seconds(some) + union_seconds(others) - union_seconds([*some, *others])
+
+
+def iou(some: Sequence[Segment], others: Sequence[Segment]) -> float:
+    """Intersection over union of the seconds that each covers, from 0 to 1."""
+    union = union_seconds([*some, *others])
+    return shared_seconds(some, others) / union if union else 0.0
 
 
 def overlap_ratio(segments: Sequence[Segment]) -> float:

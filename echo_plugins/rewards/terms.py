@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from ..relisten.segment import CLOSE_TAG, Segment, find_tags, overlap_ratio, union_seconds
+from ..relisten.segment import CLOSE_TAG, Segment, find_tags, iou, overlap_ratio
 from ..relisten.trajectory import Attempt, StopReason
 from ..relisten.transcript import Transcript, is_right, parse
 
@@ -172,8 +172,7 @@ def grounding(record: Record, *, about: Literal["mentioned", "all"] = "mentioned
     said = f"{record.question} {record.ground_truth}"
     mentioned = [event for event in record.events if mentions(said, event.label)]
     events = record.events if about == "all" or not mentioned else mentioned
-    union = union_seconds([*record.named, *events])
-    return (union_seconds(record.named) + union_seconds(events) - union) / union if union else 0.0
+    return iou(record.named, events)
 
 
 def mentions(text: str, label: str) -> bool:
