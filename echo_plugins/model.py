@@ -51,8 +51,8 @@ class OmniFamily:
     frames count.
     `window_seconds`: the longest clip that the model was made for.
     `frozen`: modules that training leaves as they are.
-    `lora_targets`: a regular expression over the names of the linear layers that get an adapter. `lora_parameters`:
-    the ends of the names of weights that are no linear layers and can get one too (the experts).
+    `lora_parameters`: the ends of the names of weights that are no linear layers and can get an adapter too (the
+    experts). The linear layers are a setting, SFT_LORA_TARGETS and RL_LORA_TARGETS, the same for all families.
     `moe`: the layers have experts, which transformers holds fused and checkpoints hold one by one.
     `images_in_engine`: how many images a prompt may have in vLLM, though none ever has one.
     `thinking_prefix`: what a chat template may open the answer with.
@@ -70,7 +70,6 @@ class OmniFamily:
     clip_end: Literal["silence", "mirror"]
     window_seconds: int
     frozen: tuple[str, ...] = ("thinker.audio_tower", "thinker.visual")
-    lora_targets: str = r".*thinker\.model\.layers\.\d+\.(?!mlp\.experts).*_proj"
     lora_parameters: tuple[str, ...] = ()
     moe: bool = False
     images_in_engine: int = 0
@@ -181,27 +180,25 @@ def family_of(model_dir: str | Path) -> OmniFamily:
 
 def hop_length(model_dir: str | Path) -> int:
     """Samples a mel frame, from the checkpoint's feature extractor; 160 (10 ms) in the public ones."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        config = _read_json(Path(model_dir) / name) or {}
-        value = config.get("feature_extractor", config).get("hop_length")
-        if value:
-            return int(value)
-    raise ValueError(f"{model_dir}: neither preprocessor_config.json nor processor_config.json gives hop_length")
+    return int(_feature_extractor(model_dir)["hop_length"])
 
 
 def max_audio_seconds(model_dir: str | Path) -> float:
     """Seconds of a clip that the checkpoint hears: `OmniFamily.window_samples`, from its files alone. RL, infer, serve
     and the converters refuse longer clips. Raises ValueError where it has no feature extractor's configuration."""
     family = family_of(model_dir)
+    hears = float(_feature_extractor(model_dir).get("chunk_length") or _WHISPER_SECONDS)
+    return min(hears, family.window_seconds) if family.clip_end == "silence" else float(family.window_seconds)
+
+
+def _feature_extractor(model_dir: str | Path) -> dict[str, Any]:
+    """The configuration of the checkpoint's feature extractor, with its hop_length."""
     for name in ("preprocessor_config.json", "processor_config.json"):
-        config = _read_json(Path(model_dir) / name)
-        extractor = (config or {}).get("feature_extractor", config)
-        if extractor and "hop_length" in extractor:
-            hears = float(extractor.get("chunk_length") or _WHISPER_SECONDS)
-            return min(hears, family.window_seconds) if family.clip_end == "silence" else float(family.window_seconds)
-    raise ValueError(
-        f"{model_dir}: neither preprocessor_config.json nor processor_config.json is a feature extractor's"
-    )
+        config = _read_json(Path(model_dir) / name) or {}
+        extractor = config.get("feature_extractor", config)
+        if extractor.get("hop_length"):
+            return extractor
+    raise ValueError(f"{model_dir}: neither preprocessor_config.json nor processor_config.json gives hop_length")
 
 
 def _generation_eos_ids(model_dir: Path) -> list[int]:
