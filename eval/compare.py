@@ -180,7 +180,7 @@ def main(
             write_whole(rows_file, map(json_line, changed))
         lines = list(_lines(summary))
         if markdown:
-            write_whole(markdown, _markdown(lines, f"{before} -> {after[0]}"))
+            write_whole(markdown, f"### {before} -> {after[0]}\n\n{_markdown(lines, HEADINGS)}")
     except (ValueError, OSError) as error:
         _errors.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
@@ -215,10 +215,7 @@ def _compare_arms(base: Path, arms: Sequence[Path], json_file: Path | None, mark
         content = {name: asdict(arm) | {"p_holm": p} for (name, arm), p in zip(found.items(), corrected, strict=True)}
         write_whole(json_file, json.dumps({"base": base.stem, "arms": content}, indent=2) + "\n")
     if markdown:
-        rows = [f"| | {' | '.join(ARM_HEADINGS)} |", "|---" * (1 + len(ARM_HEADINGS)) + "|"]
-        write_whole(
-            markdown, "\n".join([*rows, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())]) + "\n"
-        )
+        write_whole(markdown, _markdown(list(lines.items()), ARM_HEADINGS))
     table = Table("", *ARM_HEADINGS, title=f"each against {base}", title_justify="left", box=None)
     for name, cells in lines.items():
         table.add_row(name, *cells)
@@ -256,10 +253,10 @@ def _cells(group: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _markdown(lines: Sequence[tuple[str, list[str] | None]], title: str) -> str:
-    rows = [f"### {title}", "", f"| | {' | '.join(HEADINGS)} |", "|---" * (1 + len(HEADINGS)) + "|"]
+def _markdown(lines: Sequence[tuple[str, list[str] | None]], headings: Sequence[str]) -> str:
+    rows = [f"| | {' | '.join(headings)} |", "|---" * (1 + len(headings)) + "|"]
     for label, cells in lines:
-        rows.append(f"| {label.strip()} | {' | '.join(cells or [''] * len(HEADINGS))} |")
+        rows.append(f"| {label.strip()} | {' | '.join(cells or [''] * len(headings))} |")
     return "\n".join(rows) + "\n"
 
 

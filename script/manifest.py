@@ -50,7 +50,7 @@ def table() -> list[list[str]]:
     """The rows of script/settings.md: "", name, default, stages, kind, what it is, ""."""
     lines = SETTINGS.read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return [cells for cells in rows if len(cells) == 7]
+    return [cells for cells in rows if len(cells) == 7 and cells[1].isupper()]
 
 
 def settings_of(stage: str) -> dict[str, str]:

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import estimate as estimates  # noqa: E402
+import manifest as manifests  # noqa: E402
 from estimate import DTYPE_BYTES, GB, Estimate, Model, ModelError, Settings  # noqa: E402
 
 STAGES = ("data", "sft", "gate", "rl", "merge", "infer", "score")
@@ -64,7 +65,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 PREFIXES = ("SFT_", "RL_", "EVAL_", "TRAJECTORY_")
 TABLE = (ROOT / "script" / "settings.md").read_text()
-DEFAULTS: dict[str, str] = dict(re.findall(r"^\| ([A-Z0-9_]+) \|\s*(.*?)\s*\|(?:[^|\n]*\|){3}$", TABLE, re.MULTILINE))
+DEFAULTS = manifests.defaults()
 # Beside the settings: the places of the second table, and the folders of script/recipe.sh.
 KNOWN = {*re.findall(r"[A-Z0-9_]+", " ".join(re.findall(r"^\|[A-Z0-9_, ]+\|", TABLE, re.MULTILINE)))}
 KNOWN |= {"SFT_DIR", "RL_DIR", "EVAL_DIR"}

@@ -107,15 +107,19 @@ if [[ "$DRY_RUN" != 1 ]]; then
   CHECKPOINT="$(last_checkpoint)"
 fi
 
+# fitting_rows IN PREFIX: those of IN that can be trained on, to OUTPUT_DIR/PREFIXrows.jsonl
+fitting_rows() {
+  run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$1" "$OUTPUT_DIR/${2}rows.jsonl" \
+    --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/${2}overlong.jsonl"
+}
+
 ROWS="$OUTPUT_DIR/rows.jsonl"
-run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$TRAIN_FILE" "$ROWS" \
-  --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/overlong.jsonl"
+fitting_rows "$TRAIN_FILE" ''
 
 # The loss on rows that are not trained on.
 EVALUATION=(--eval_strategy no)
 if ((SFT_EVAL_STEPS > 0)) && [[ -s "${VAL_FILE:-}" || ( "$DRY_RUN" == 1 && -n "${VAL_FILE:-}" ) ]]; then
-  run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$VAL_FILE" "$OUTPUT_DIR/val-rows.jsonl" \
-    --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/val-overlong.jsonl"
+  fitting_rows "$VAL_FILE" val-
   EVALUATION=(
     --val_dataset "$OUTPUT_DIR/val-rows.jsonl" --val_dataset_shuffle false --per_device_eval_batch_size "$SFT_MICRO_BATCH"
     --eval_strategy steps --eval_steps "$SFT_EVAL_STEPS"
