@@ -22,6 +22,7 @@ _ADAPTERS = {
     "verl.workers.config.model": ".omni",  # HFModelConfig: whoever builds a model or reads its configuration
     "verl.experimental.agent_loop.agent_loop": ".agent_loop",
     "verl.trainer.ppo.v1": ".trainer",
+    "verl.utils.torch_functional": ".log_probs",
     "verl.workers.rollout.vllm_rollout.vllm_async_server": ".vllm_features",
     "verl.workers.rollout.vllm_rollout.utils": ".vllm_end",
 }

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
 os.environ.pop("VERL_USE_EXTERNAL_MODULES", None)
@@ -27,6 +28,7 @@ from transformers.generation import candidate_generator
 from verl.experimental.agent_loop import agent_loop
 from verl.plugin.platform.platform_manager import PlatformRegistry
 from verl.trainer.ppo.v1 import trainer_base
+from verl.utils import torch_functional
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.tokenizer import hf_processor
@@ -90,6 +92,8 @@ gaps["no empty response"] = raises(IndexError, empty.as_dict)
 base = trainer_base.PPOTrainer
 gaps["literal sync"] = 'self.trainer_mode == "sync"' in inspect.getsource(base._build_replay_buffer)
 gaps["no components in training"] = "extra_info" not in inspect.getsource(base._compute_metrics)
+logits: Any = torch.randn(4, 8).bfloat16()
+gaps["log-probs rounded"] = torch_functional.logprobs_from_logits_v2(logits, torch.arange(4)).dtype == torch.bfloat16
 gaps["entry point errors hidden"] = '.debug("Failed to load plugin' in inspect.getsource(verl)
 
 gaps["no cpu platform"] = PlatformRegistry.get("cpu") is None

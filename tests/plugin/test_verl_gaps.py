@@ -44,6 +44,7 @@ GAPS = {
     "no empty response": "for_verl/agent_loop.py _response",
     "literal sync": "for_verl/trainer.py _build_replay_buffer",
     "no components in training": "for_verl/trainer.py _compute_metrics",
+    "log-probs rounded": "for_verl/log_probs.py",
     "entry point errors hidden": "for_verl/__init__.py _bring_in",
     "no cpu platform": "for_verl/cpu_platform.py PlatformCPU",
     "no device twice": "for_verl/cpu_platform.py accept_one_device_twice",
@@ -180,6 +181,29 @@ def test_a_prompt_with_audio_is_rendered_in_a_thread_before_it_goes_to_vllm() ->
     with_audio = {"prompt_token_ids": [1, 2], "multi_modal_data": {"audio": [np.zeros(9)]}}
     assert asyncio.run(first(with_audio)) == [({"rendered": [1, 2]}, "7")]
     assert hasattr(AsyncLLM.generate, "__wrapped__")
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_log_probs_and_their_gradient_are_exact_whatever_the_logits_type(
+    dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.utils.torch_functional import logprobs_from_logits
+
+    from echo_plugins.for_verl import log_probs as ours
+
+    monkeypatch.setattr(ours, "ROWS", 3)
+    logits = (torch.randn(2, 5, 50) * 4).to(dtype).requires_grad_()
+    labels, weights = torch.randint(50, (2, 5)), torch.randn(2, 5)
+    exact = logits.detach().double().requires_grad_()
+    expected = exact.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    (expected * weights).sum().backward()
+
+    found = logprobs_from_logits(logits, labels)
+    (found * weights).sum().backward()
+    assert found.dtype == torch.float32 and found.shape == labels.shape
+    assert (found - expected).abs().max() < 1e-5
+    assert logits.grad is not None and exact.grad is not None
+    assert (logits.grad - exact.grad).abs().max() < off
 
 
 def test_importing_the_package_brings_each_adapter_to_the_module_it_extends() -> None:
