@@ -215,12 +215,6 @@ class BaseModel:
                 raise MergeError(f"{path / shard} lacks {min(absent)}, which {INDEX} puts there")
         self.keys = set(weight_map)
 
-    @property
-    def tied(self) -> set[str]:
-        """Names that a state dict repeats and a checkpoint leaves out."""
-        text = self.config["thinker_config"].get("text_config", {})
-        return {f"{THINKER}lm_head.weight"} if text.get("tie_word_embeddings") else set()
-
     def carried_files(self) -> list[Path]:
         found = {path for pattern in CARRIED_FILES for path in self.path.glob(pattern) if path.is_file()}
         return sorted(path for path in found if path.name not in NOT_CARRIED_FILES)
@@ -258,7 +252,7 @@ def merge(
     base = BaseModel(base_path)
     state = ActorState(actor, base.keys)
     trained = {key for key in base.keys if key.startswith(THINKER)}
-    _check_names(state.keys() - base.tied, trained, actor, base_path)
+    _check_names(state.keys() - repeated(state, base), trained, actor, base_path)
     changed: Counter[str] = Counter()
     total: Counter[str] = Counter()
     num_bytes = 0
@@ -300,6 +294,14 @@ def merge(
         }
         _write_json(folder / REPORT, report)
     return report
+
+
+def repeated(state: ActorState, base: BaseModel) -> set[str]:
+    """Tied weights, which a state dict holds under both their names and a checkpoint under one."""
+    head, embeddings = f"{THINKER}lm_head.weight", f"{THINKER}model.embed_tokens.weight"
+    if head in base.keys or not {head, embeddings} <= state.keys():
+        return set()
+    return {head} if torch.equal(state.tensor(head), state.tensor(embeddings)) else set()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

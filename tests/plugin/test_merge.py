@@ -229,6 +229,27 @@ def test_a_base_that_the_run_was_not_trained_from_is_refused(runs: Path, tiny_mo
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_tied_weights_are_merged_whether_the_base_stores_them_twice_or_once(
+    tiny_model: Path, tmp_path: Path, stored: bool
+) -> None:
+    head, embeddings = "thinker.lm_head.weight", "thinker.model.embed_tokens.weight"
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {head: weights[embeddings].clone()}, base / "model.safetensors", {"format": "pt"})
+    runs = save_runs(base, tmp_path / "runs")
+    rank_files = list((runs / "fsdp").rglob("model_world_size_*"))
+    for file in rank_files:
+        state = torch.load(file, weights_only=True)
+        torch.save(state | {head: state[embeddings]}, file)
+    if not stored:
+        save_file({key: value for key, value in weights.items() if key != head}, base / "model.safetensors")
+    merge(runs / "fsdp", base, tmp_path / "merged")
+    merged = all_weights(tmp_path / "merged")
+    assert (head in merged) == stored
+    assert not stored or torch.equal(merged[head], merged[embeddings])
+
+
 def test_what_is_no_merge_is_never_replaced_but_an_earlier_merge_is(
     runs: Path, tiny_model: Path, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
