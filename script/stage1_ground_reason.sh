@@ -116,6 +116,25 @@ fitting_rows() {
 ROWS="$OUTPUT_DIR/rows.jsonl"
 fitting_rows "$TRAIN_FILE" ''
 
+# A checkpoint goes on with what it was begun with: other rows would be taken up in the middle of their epoch, and the weights
+# of another model would be lost.
+begun_with() {
+  printf 'SFT_TUNER %s\n' "$SFT_TUNER"
+  printf 'rows %s\n' "$(sha256sum < "$ROWS")"
+  printf 'MODEL %s\n' "$(find -L "$MODEL" -name '*.safetensors' -type f -exec tail -c 1000000 '{}' + | sha256sum)"
+}
+if [[ "$DRY_RUN" != 1 && "${CONTINUED:-}" != continued ]]; then
+  BEGUN="$OUTPUT_DIR/begun_with.txt"
+  if [[ -n "$CHECKPOINT" && -f "$BEGUN" ]]; then
+    CHANGED="$({ begun_with | diff - "$BEGUN" || true; } | sed -n 's/^< \([^ ]*\).*/\1/p' | paste -sd ' ')"
+    [[ -z "$CHANGED" ]] ||
+      die "$CHECKPOINT was begun with another: $CHANGED. Take another OUTPUT_DIR, or remove this one to begin anew." 2
+  else
+    begun_with > "$BEGUN.tmp"
+    mv "$BEGUN.tmp" "$BEGUN"
+  fi
+fi
+
 # The loss on rows that are not trained on.
 EVALUATION=(--eval_strategy no)
 if ((SFT_EVAL_STEPS > 0)) && [[ -s "${VAL_FILE:-}" || ( "$DRY_RUN" == 1 && -n "${VAL_FILE:-}" ) ]]; then

@@ -133,6 +133,16 @@ def test_after_a_kill_it_goes_on_from_the_last_whole_checkpoint(
     assert not changed(weights(trained / "last"), weights(output / "last"))
 
 
+def test_a_checkpoint_does_not_go_on_with_what_it_was_not_begun_with(
+    trained: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(rows_file.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(AssertionError, match="was begun with another: SFT_TUNER rows MODEL"):
+        train(trained / "last", rows, trained, SFT_TUNER="lora", SFT_MAX_STEPS="6")
+    assert losses(trained)[-1][0] == "4/4"
+
+
 def test_the_audio_tower_stays_as_it_is_by_default(omni_model: Path, rows_file: Path, tmp_path: Path) -> None:
     train(omni_model, rows_file, tmp_path, SFT_MAX_STEPS="1")
     before, after = weights(omni_model), weights(tmp_path / "last")
