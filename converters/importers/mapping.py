@@ -393,8 +393,8 @@ class Mapper:
                     (self.mapped if str(value) in self.labels else self.unmapped).add(str(value))
                 value = self.labels.get(str(value), value)
             elif name == "intervals":
-                value = _intervals(value, self._value(row, argument))
-            elif name != "from":
+                value = _intervals(value, self._value(row, argument), spec.get("kind"))
+            elif name not in ("from", "kind"):
                 value = _OPERATIONS[name](value, argument)
         return value
 
@@ -419,22 +419,23 @@ def _replaced(value: Any, pairs: Mapping[str, str]) -> Any:
 
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "split": _split,  # a text to a list
+    "join": lambda value, between: between.join(map(str, value)) if isinstance(value, list) else value,
     "replace": _replaced,  # {OLD: NEW}, in a text or in each of a list
     "pattern": _pattern,  # {REGEX: TEXT with \1}; None where it does not match
     "times": lambda value, factor: seconds(value, "from") * factor,
     "clock": lambda value, _: clock_seconds(value),  # hours:minutes:seconds
 }
 """What else a map can do with a value, besides `value` (a constant), `minus` (another key), `labels` (the label map)
-and `intervals` (labels and their start times, each until the next, to a list of events)."""
+and `intervals` (labels and their start times, each until the next, to a list of events; `kind` beside it is theirs)."""
 
 
-def _intervals(labels: Any, starts: Any) -> list[dict[str, Any]]:
+def _intervals(labels: Any, starts: Any, kind: str | None) -> list[dict[str, Any]]:
     if not isinstance(labels, list) or not isinstance(starts, list) or len(labels) != len(starts):
         raise RowError(Reason.BAD_EVENT, f"a list of labels and one as long of times are needed: {str(starts)[:80]}")
     times = [seconds(start, "start") for start in starts]
     ends: list[float | None] = [*times[1:], None]
     return [
-        {"label": label, "start": start, "end": end}
+        {"label": label, "start": start, "end": end} | ({"kind": kind} if kind else {})
         for label, start, end in zip(labels, times, ends, strict=True)
         if end is None or end > start
     ]

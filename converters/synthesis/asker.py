@@ -26,8 +26,6 @@ from echo_plugins.relisten.prompt import escape_reserved
 Parsed = TypeVar("Parsed")
 Model = TypeVar("Model", bound=BaseModel)
 
-SILENCE = "silence.wav"
-
 
 class Unusable(Exception):
     """The model answered, but not with anything that can be used: the row is dropped. Holds what was asked for it."""

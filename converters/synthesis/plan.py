@@ -119,7 +119,7 @@ def main(
 ) -> None:
     """Say how many clips, tokens, hours and how much money a set of the papers' size takes, from what RUN measured."""
     try:
-        summary, config = read_summary(run), read_config(run / "config.yaml")
+        summary, config = read_summary(run), read_config(run / "run.yaml")
         paper_sft, paper_rl = PAPER_ROWS[summary.pipeline]
         plan = make_plan(
             summary,

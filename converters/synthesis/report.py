@@ -158,7 +158,7 @@ def main(
 ) -> None:
     """Write the page about a run: rows through every stage, distributions, cost, and rows to listen to."""
     try:
-        write_report(read_summary(run), run, read_config(run / "config.yaml"), output or run / "report.html")
+        write_report(read_summary(run), run, read_config(run / "run.yaml"), output or run / "report.html")
     except (ConfigError, OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

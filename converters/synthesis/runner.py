@@ -1,14 +1,15 @@
 """Run the stages of a pipeline on datatrove's executors, so that a kill at any moment costs the requests in flight.
 
-    RUN/config.yaml               the config of the last start
-    RUN/run.json                  its stages, and which folder each writes to
+    RUN/run.yaml, RUN/run.json    links: the config of the last start; its stages, and which folder each writes to
     RUN/STAGE-HASH/rows/*.jsonl   one file a task, written whole; the hash is of all that decides what stands in it
+    RUN/STAGE-HASH/inputs/        the config, prompts, thresholds and seeds as they were when the run was planned
     RUN/STAGE-HASH/completions/   datatrove's marker of each finished task; RUN/STAGE-HASH/errors/ why one is not
     RUN/STAGE-HASH/timing/        how long the requests of a task took, for `plan`
     RUN/journal/STAGE/            every answer that was paid for, by the hash of its request; one file a task
 
-A changed prompt, model, seed, threshold or number of tasks makes its stage and those after it run again in folders of
-their own; whatever requests stay the same are answered from the journals.
+A changed prompt, model, seed, threshold, audio root, number of tasks or line of the code that decides rows makes its
+stage and those after it run again in folders of their own; whatever requests stay the same are answered from the
+journals.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -43,10 +45,10 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from converters import conversion
 from converters.atomic import StagedFile
-from converters.synthesis.asker import SILENCE, Asker, Unanswered, Unusable, write_silence
+from converters.synthesis.asker import Asker, Unanswered, Unusable, write_silence
 from converters.synthesis.config import Config, ConfigError, Endpoint, ExecutorKind, Limits, read_config
 from converters.synthesis.sample import Sample
-from converters.synthesis.templates import Prompts
+from converters.synthesis.templates import PROMPTS, Prompts
 from echo_plugins.chat_client import ChatClient, ChatError, Journal, journal_entries
 from echo_plugins.chat_client import Limits as ServerLimits
 
@@ -57,6 +59,22 @@ ROOT = Path(__file__).resolve().parents[2]
 _WINDOW_PER_REQUEST = 2  # rows in hand for each request in flight, so that a slow one does not hold up the others
 _HASH_CHARS = 10
 _POLL_SECONDS = 0.5
+_INPUTS = "inputs"
+# What decides rows besides the module of a stage's own function. Not the runner: it shows, sends and counts.
+_CODE = (
+    "converters.conversion",
+    "converters.holdout",
+    "converters.synthesis.asker",
+    "converters.synthesis.filters",
+    "converters.synthesis.sample",
+    "converters.synthesis.soundprint",
+    "converters.synthesis.stages",
+    "converters.synthesis.templates",
+    "echo_plugins.audio",
+    "echo_plugins.audio_qa",
+    "echo_plugins.relisten.prompt",
+    "echo_plugins.relisten.transcript",
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -100,6 +118,14 @@ class Stage:
     optional: bool = False
     several_models: bool = False
 
+    @property
+    def code(self) -> str:
+        """The version of the code that decides its rows."""
+        work = self.source or self.rows or self.screen or self.whole
+        names = {*_CODE, str(work.__module__)}
+        files = [importlib.import_module(name).__file__ for name in sorted(names)]
+        return hashlib.sha256("".join(_file_hash(Path(file)) for file in files if file).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -140,7 +166,7 @@ def place(stages: Sequence[Stage], config: Config, prompts: Prompts) -> list[Pla
         known = ", ".join(stage.name for stage in stages if stage.asks)
         raise ConfigError(f"stages: {', '.join(sorted(unknown))}: no such stage asks a model; those that do: {known}")
     placed: list[Placed] = []
-    identity = _file_hash(config.input)
+    identity = f"{_file_hash(config.input)} {config.audio_root}"
     before: Path | None = None
     for stage in stages:
         endpoints = tuple(config.stages.get(stage.name, ()))
@@ -155,6 +181,7 @@ def place(stages: Sequence[Stage], config: Config, prompts: Prompts) -> list[Pla
         decides = {
             "before": identity,
             "stage": stage.name,
+            "code": stage.code,
             "models": [endpoint.identity() for endpoint in endpoints],
             "prompts": {name: prompts.version(name) for name in stage.prompts},
             "settings": {name: _setting(config, name) for name in stage.settings},
@@ -183,40 +210,64 @@ def _file_hash(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _stamps(stage: Stage, config: Config) -> dict[str, list[int]]:
+    """Size and time of change of the large files that a stage reads: they are hashed once, when a run is planned."""
+    files = [config.input] if stage.source else []
+    files += [benchmark.file for benchmark in config.benchmarks] if "benchmarks" in stage.settings else []
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
 class StageStep(PipelineStep):
     """One stage as datatrove runs it: `run` does the task `rank` of `world_size`.
 
-    It holds names and paths only, so that it can be sent to any process: the stage is looked up there.
+    It holds names and paths only, so that it can be sent to any process: the stage is looked up there. All that was
+    planned is read from the stage's folder, so that an edit while the task was queued changes nothing.
     """
 
     type = "synthesis"
 
     def __init__(
-        self, module: str, stage: str, config_file: str, workers: int, drop_unanswered: bool, owner: int | None
+        self, module: str, placed: Placed, config: Config, workers: int, drop_unanswered: bool, owner: int | None
     ) -> None:
-        self.name = stage
+        self.name = placed.stage.name
         super().__init__()
         self._module = module
-        self._stage = stage
-        self._config_file = config_file
+        self._stage = placed.stage.name
+        self._folder = str(placed.folder)
+        self._before = str(placed.before) if placed.before else None
+        self._tasks = placed.tasks
+        self._code = placed.stage.code
+        self._stamps = _stamps(placed.stage, config)
         self._workers = workers
         self._drop_unanswered = drop_unanswered
         self._owner = owner  # process id of the run, where its tasks are on the same machine
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
         """Raises StageError, after as much was done and written down as could be."""
-        config = read_config(Path(self._config_file))
+        folder = Path(self._folder)
+        config = read_config(folder / _INPUTS / "run.yaml")
         prompts = Prompts(config.prompts)
         stages: Sequence[Stage] = importlib.import_module(self._module).STAGES
-        placed = next(placed for placed in place(stages, config, prompts) if placed.stage.name == self._stage)
+        stage = next(stage for stage in stages if stage.name == self._stage)
+        before = Path(self._before) if self._before else None
+        placed = Placed(stage, folder, before, tuple(config.stages.get(stage.name, ())), self._tasks)
         complaint = placed.folder / "errors" / f"{rank:05d}.txt"
         complaint.unlink(missing_ok=True)
         try:
+            self._check_unchanged(stage, config)
             self._work(placed, Context(config, config.limits(), placed.folder), prompts, rank, world_size)
         except (ChatError, ConfigError, StageError, OSError) as error:
             complaint.parent.mkdir(parents=True, exist_ok=True)
             complaint.write_text(f"{error}\n", encoding="utf-8")
             raise StageError(str(error)) from error
+
+    def _check_unchanged(self, stage: Stage, config: Config) -> None:
+        now = _stamps(stage, config)
+        changed = [file for file, stamp in self._stamps.items() if now.get(file) != stamp]
+        if stage.code != self._code:
+            changed.append("the code of the stage")
+        if changed:
+            raise StageError(f"{', '.join(changed)} changed since the run was planned: give the same command again")
 
     def _work(self, placed: Placed, context: Context, prompts: Prompts, rank: int, tasks: int) -> None:
         stage = placed.stage
@@ -260,7 +311,7 @@ class StageStep(PipelineStep):
         started = time.monotonic()
         watch = asyncio.ensure_future(_end_with(self._owner))
         async with _clients(placed, context, rank, self._workers) as clients:
-            silence = context.config.output / SILENCE
+            silence = _silence(context.config)
             asker = Asker(
                 self._stage,
                 list(zip(placed.endpoints, clients, strict=True)),
@@ -392,39 +443,77 @@ def _note_time(folder: Path, rank: int, seconds: float, workers: int, clients: l
         out.write(json.dumps(entry) + "\n")
 
 
-def run(module: str, config_file: Path, names: Sequence[str], drop_unanswered: bool = False) -> list[Placed]:
-    """Run the named stages of a pipeline, all of them when none is named. Raises ConfigError and StageError."""
+def run(
+    module: str, config_file: Path, names: Sequence[str], drop_unanswered: bool = False, force: str | None = None
+) -> list[Placed]:
+    """Run the named stages of a pipeline, all of them when none is named; `force` and those after it also where they
+    are done. Raises ConfigError and StageError."""
     config = read_config(config_file)
+    taken = config.output / "run.yaml"
+    if taken.exists() and not taken.is_symlink():
+        raise ConfigError(f"{taken} is not of a run, which would put its own there: give yours another name")
     prompts = Prompts(config.prompts)
     placed = place(importlib.import_module(module).STAGES, config, prompts)
-    chosen = choose(placed, names)
+    chosen = choose(placed, names, force)
     config.output.mkdir(parents=True, exist_ok=True)
-    frozen = config.output / "config.yaml"
-    _write(frozen, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    stages = [
-        {"stage": p.stage.name, "folder": p.folder.name, "models": [e.model for e in p.endpoints]} for p in placed
-    ]
-    _write(config.output / "run.json", json.dumps({"pipeline": module, "stages": stages}, indent=2) + "\n")
-    with StagedFile(config.output / SILENCE) as staged:
+    for stage in _from(placed, force):
+        for name in ("completions", "errors", "timing"):
+            shutil.rmtree(stage.folder / name, ignore_errors=True)
+    for stage in chosen:
+        _freeze(module, stage, placed, config)
+    for name in ("run.yaml", "run.json"):
+        _link(chosen[-1].folder / _INPUTS / name, config.output)
+    with StagedFile(_silence(config)) as staged:
         write_silence(staged.path, config.silence_seconds)
         staged.commit()
     if config.executor.kind is ExecutorKind.SLURM:
-        _submit(module, chosen, config, frozen, drop_unanswered)
+        _submit(module, chosen, config, drop_unanswered)
         return chosen
     if config.executor.kind is ExecutorKind.LOCAL:
         _end_helpers_with_this_process()
     for stage in chosen:
-        _run_stage(module, stage, config, frozen, drop_unanswered)
+        _run_stage(module, stage, config, drop_unanswered)
     return chosen
 
 
-def choose(placed: Sequence[Placed], names: Sequence[str]) -> list[Placed]:
+def _freeze(module: str, placed: Placed, stages: Sequence[Placed], config: Config) -> None:
+    """Copy the small inputs of a stage into its folder. The folder's name covers what decides rows, so another start
+    that comes to the same folder writes the same; where its servers are is the later start's."""
+    inputs = placed.folder / _INPUTS
+    seeds, thresholds = inputs / "seeds.yaml", inputs / "filters.yaml"
+    for folder in filter(None, (PROMPTS, config.prompts)):
+        for file in filter(Path.is_file, folder.rglob("*")):
+            _write(inputs / "prompts" / file.relative_to(folder), file.read_bytes())
+    _write(seeds, config.seeds.read_bytes())
+    _write(thresholds, config.filters_file.read_bytes())
+    frozen = config.model_copy(update={"prompts": inputs / "prompts", "seeds": seeds, "filters_file": thresholds})
+    _write(inputs / "run.yaml", yaml.safe_dump(frozen.model_dump(mode="json"), sort_keys=False).encode())
+    entries = [
+        {"stage": p.stage.name, "folder": p.folder.name, "models": [e.model for e in p.endpoints]} for p in stages
+    ]
+    _write(inputs / "run.json", json.dumps({"pipeline": module, "stages": entries}, indent=2).encode() + b"\n")
+
+
+def _silence(config: Config) -> Path:
+    """Its length is in its name: another start must not change what a queued task plays."""
+    return config.output / f"silence-{config.silence_seconds:g}.wav"
+
+
+def _from(placed: Sequence[Placed], name: str | None) -> Sequence[Placed]:
+    """The stage of that name and those after it; none without a name."""
+    return [p for number, p in enumerate(placed) if name in [before.stage.name for before in placed[: number + 1]]]
+
+
+def choose(placed: Sequence[Placed], names: Sequence[str], force: str | None = None) -> list[Placed]:
     """Raises ConfigError for a name that is no stage, and for a stage whose rows are not there yet."""
     known = [p.stage.name for p in placed]
-    if wrong := [name for name in names if name not in known]:
+    if wrong := [name for name in (*names, *filter(None, [force])) if name not in known]:
         raise ConfigError(f"no stage {', '.join(wrong)} in this config; it has {', '.join(known)}")
     chosen = [p for p in placed if not names or p.stage.name in names]
-    ready = {p.folder for p in placed if p.finished} | {p.folder for p in chosen}
+    if force is not None and force not in [p.stage.name for p in chosen]:
+        raise ConfigError(f"--force {force}: only {', '.join(names)} would be run; add --stage {force}")
+    anew = _from(placed, force)
+    ready = {p.folder for p in placed if p.finished and p not in anew} | {p.folder for p in chosen}
     for p in chosen:
         if p.before is not None and p.before not in ready:
             raise ConfigError(
@@ -433,9 +522,9 @@ def choose(placed: Sequence[Placed], names: Sequence[str]) -> list[Placed]:
     return chosen
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, data: bytes) -> None:
     with StagedFile(file) as staged:
-        staged.path.write_text(text, encoding="utf-8")
+        staged.path.write_bytes(data)
         staged.commit()
 
 
@@ -448,18 +537,20 @@ def _publish(placed: Placed, output: Path) -> None:
             and file.name != "executor.json"
             and file.name != "stats.json"
         ):
-            link = output / f".{file.name}.link"
-            link.unlink(missing_ok=True)
-            link.symlink_to(file.relative_to(output))
-            link.replace(output / file.name)
+            _link(file, output)
 
 
-def _executor(
-    module: str, placed: Placed, config: Config, frozen: Path, drop_unanswered: bool, **more: Any
-) -> PipelineExecutor:
+def _link(file: Path, output: Path) -> None:
+    link = output / f".{file.name}.link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.relative_to(output))
+    link.replace(output / file.name)
+
+
+def _executor(module: str, placed: Placed, config: Config, drop_unanswered: bool, **more: Any) -> PipelineExecutor:
     workers = min(config.executor.workers, placed.tasks)
     owner = os.getpid() if config.executor.kind is ExecutorKind.LOCAL else None
-    step = StageStep(module, placed.stage.name, str(frozen), workers, drop_unanswered, owner)
+    step = StageStep(module, placed, config, workers, drop_unanswered, owner)
     options = {"tasks": placed.tasks, "workers": workers, "logging_dir": str(placed.folder), **more}
     if config.executor.kind is ExecutorKind.RAY:
         return RayPipelineExecutor([step], **options, **config.executor.options)
@@ -468,7 +559,7 @@ def _executor(
     return LocalPipelineExecutor([step], **options, **config.executor.options)
 
 
-def _run_stage(module: str, placed: Placed, config: Config, frozen: Path, drop_unanswered: bool) -> None:
+def _run_stage(module: str, placed: Placed, config: Config, drop_unanswered: bool) -> None:
     if placed.finished:
         typer.echo(f"{placed.stage.name}: done before, in {placed.folder}", err=True)
         if placed.stage.whole:
@@ -476,7 +567,7 @@ def _run_stage(module: str, placed: Placed, config: Config, frozen: Path, drop_u
         return
     if config.executor.kind is ExecutorKind.RAY:
         _join_ray(config.executor.address)
-    executor = _executor(module, placed, config, frozen, drop_unanswered)
+    executor = _executor(module, placed, config, drop_unanswered)
     with _progress(placed, config):
         try:
             executor.run()
@@ -489,12 +580,12 @@ def _run_stage(module: str, placed: Placed, config: Config, frozen: Path, drop_u
         raise StageError(f"{placed.stage.name}: {len(left)} of {placed.tasks} tasks are not finished: {why}")
 
 
-def _submit(module: str, chosen: list[Placed], config: Config, frozen: Path, drop_unanswered: bool) -> None:
+def _submit(module: str, chosen: list[Placed], config: Config, drop_unanswered: bool) -> None:
     """Hand all stages to Slurm, each waiting for the one before it."""
     depends: PipelineExecutor | None = None
     for placed in chosen:
         if not placed.finished:
-            depends = _executor(module, placed, config, frozen, drop_unanswered, depends=depends)
+            depends = _executor(module, placed, config, drop_unanswered, depends=depends)
     if depends is None:
         typer.echo(f"all done before, in {config.output}", err=True)
         return
@@ -570,6 +661,10 @@ def command(module: str, summary: str) -> typer.Typer:
         stage: Annotated[
             list[str], typer.Option(help="Only this stage; can be given several times. Default: all.")
         ] = [],  # noqa: B006  typer reads the default, nobody changes it
+        force: Annotated[
+            str | None,
+            typer.Option(metavar="STAGE", help="Do this stage and those after it anew, also where they are done."),
+        ] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, with which prompts.")] = False,
         drop_unanswered: Annotated[
             bool, typer.Option("--drop-unanswered", help="Go on without the rows that a server gave no answer for.")
@@ -580,9 +675,9 @@ def command(module: str, summary: str) -> typer.Typer:
                 config = read_config(config_file)
                 prompts = Prompts(config.prompts)
                 placed = place(importlib.import_module(module).STAGES, config, prompts)
-                typer.echo(describe(choose(placed, stage), config, prompts))
+                typer.echo(describe(choose(placed, stage, force), config, prompts))
                 return
-            run(module, config_file, stage, drop_unanswered)
+            run(module, config_file, stage, drop_unanswered, force)
         except ConfigError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error

@@ -60,7 +60,7 @@ def select(samples: Iterator[Sample], context: Context) -> None:
                 shape.add(sample)
         for name in (*FILES, "dropped"):
             staged[name].commit()
-    summary = summarise(config.output, dict(dropped), {name: written[name] for name in FILES}, shape, context.limits)
+    summary = summarise(folder, dict(dropped), {name: written[name] for name in FILES}, shape, context.limits)
     write_summary(summary, folder / "summary.json")
     write_report(summary, folder, config, folder / "report.html")
 

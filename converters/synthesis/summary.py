@@ -98,10 +98,10 @@ class Shape:
 
 
 def summarise(
-    run: Path, dropped: Mapping[str, int], written: Mapping[str, int], shape: Shape, limits: Limits
+    folder: Path, dropped: Mapping[str, int], written: Mapping[str, int], shape: Shape, limits: Limits
 ) -> Summary:
-    """Read the stages' files of a run; `dropped`, `written` and `shape` are of the last stage."""
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    """Read the stages' files of a run; `folder`, `dropped`, `written` and `shape` are of the last stage."""
+    record = json.loads((folder / "inputs" / "run.json").read_text(encoding="utf-8"))
     stages: list[StageSummary] = []
     for entry in record["stages"]:
         if entry["stage"] == SELECT_NAME:
@@ -112,7 +112,7 @@ def summarise(
             )
         else:
             before = stages[-1].rows_out if stages else None
-            stages.append(_stage(run / entry["folder"], entry["stage"], entry["models"], before))
+            stages.append(_stage(folder.parent / entry["folder"], entry["stage"], entry["models"], before))
     places_p = even_choice_p(shape.places, shape.num_choices)
     length_p = even_choice_p(shape.length_ranks, shape.num_choices)
     warnings = []

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from typer.testing import CliRunner, Result
 
 from converters.importers import delimited, hf, jsonl, lhotse, mapping, rttm, textgrid
 from converters.importers.mapping import Preset, preset_names
+from converters.synthesis.sample import Sample
+from converters.synthesis.stages import evidence
+from converters.synthesis.templates import Prompts
 from echo_plugins.audio_qa import AudioQA, LabelledAudio
 
 GOOD, OTHER = "100001", "100002"
@@ -94,6 +98,7 @@ MUSIC = {
     "chords": ["Am", "C"],
     "chords_time": [0.25, 1.25],
     "key": ["A", "minor"],
+    "prompt_bpm": "This song goes at 92.0 beats per minute.",
     "is_audioset_eval_mcaps": False,
 }
 MELD = "1,hello <there>,Joey,joy,positive,{0},3,8,21"
@@ -309,13 +314,17 @@ LAYOUTS: dict[str, Layout] = {
         lambda stem: f"data/{stem}.wav",
         {
             "id": f"data/{GOOD}.wav",
-            "events": [{"label": "Am", "start": 0.25, "end": 1.25}, {"label": "C", "start": 1.25, "end": 2.0}],
+            "events": [
+                {"label": "Am", "start": 0.25, "end": 1.25, "kind": "chord"},
+                {"label": "C", "start": 1.25, "end": 2.0, "kind": "chord"},
+            ],
             "meta": {
                 "is_audioset_eval_mcaps": False,
                 "captions": ["A slow song."],
                 "beats": [0.5, 1.0],
                 "beat_positions": [1, 2],
-                "key": ["A", "minor"],
+                "key": "A minor",
+                "tempo": "92.0",
                 "source": "MusicBench",
                 "domain": "music",
             },
@@ -367,6 +376,13 @@ def place(folder: Path, sounds: dict[str, bytes | None], audio: Callable[[str], 
     return root
 
 
+def shown(record: dict[str, Any]) -> str:
+    """What synthesis tells a model of a record."""
+    fields = {"id": "", "clip": "", "audio": "", "audio_sha256": "", "recording": "", "domain": ""}
+    known = {"duration": 2.0, "events": record.get("events", []), "meta": record.get("meta", {})}
+    return Prompts().render("shared/evidence", **evidence(Sample.model_validate(fields | known)))
+
+
 def judge(result: Result, target: Path, good: dict[str, Any], bad: Counter[str]) -> None:
     """`good` is among the records, the other good clip too; every trap and bad row is named, and the sums are right."""
     assert result.exit_code == 0, result.output
@@ -377,6 +393,8 @@ def judge(result: Result, target: Path, good: dict[str, Any], bad: Counter[str])
     traps = Counter("audio_missing" if trap is None else "audio_unreadable" for trap in TRAPS.values())
     assert Counter(entry["reason"] for entry in rejected) == traps + bad, rejected
     assert all(entry["line"] and entry["detail"] for entry in rejected)
+    for record in records:
+        assert not (found := re.findall(r"[\[{]['\"\d\]}].*", shown(record))), found
     text = f"{len(records) + len(rejected)} rows read, {len(records)} written to"
     assert text in result.stderr and f"{len(rejected)} rejected" in result.stderr
     assert all(reason in result.stderr for reason in traps + bad)

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,9 +13,17 @@ import soundfile
 import yaml
 from typer.testing import CliRunner
 
-from converters.synthesis import cogito, eaqa, plan, vet
+from converters.synthesis import cogito, eaqa, filters, plan, runner, selection, vet
 from converters.synthesis.asker import json_object
-from converters.synthesis.config import DEFAULT_SEEDS, Benchmark, Config, ConfigError, Price, read_config
+from converters.synthesis.config import (
+    DEFAULT_FILTERS,
+    DEFAULT_SEEDS,
+    Benchmark,
+    Config,
+    ConfigError,
+    Price,
+    read_config,
+)
 from converters.synthesis.report import write_report
 from converters.synthesis.runner import Context, choose, describe, place
 from converters.synthesis.sample import Sample
@@ -103,7 +111,9 @@ def test_every_row_of_the_input_becomes_a_clip_or_a_reason(tmp_path: Path) -> No
     assert len({sample.id for sample in parts}) == len(parts)
 
 
-def test_a_stage_writes_to_a_folder_named_by_what_decides_its_rows(tmp_path: Path) -> None:
+def test_a_stage_writes_to_a_folder_named_by_what_decides_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_run(tmp_path)
 
     def folders(**changes: Any) -> dict[str, str]:
@@ -117,6 +127,17 @@ def test_a_stage_writes_to_a_folder_named_by_what_decides_its_rows(tmp_path: Pat
         for name, endpoints in config.stages.items()
     }
     assert folders(stages=elsewhere) == first
+    (tmp_path / "other").mkdir()
+    assert not set(folders(audio_root=tmp_path / "other").values()) & set(first.values())
+    source = tmp_path / "filters.py"
+    source.write_text(Path(str(filters.__file__)).read_text() + "# edited\n")
+    with monkeypatch.context() as edited:
+        edited.setattr(filters, "__file__", str(source))
+        assert not set(folders().values()) & set(first.values())
+    source.write_text(Path(str(selection.__file__)).read_text() + "# edited\n")
+    with monkeypatch.context() as edited:
+        edited.setattr(selection, "__file__", str(source))
+        assert {name for name, folder in folders().items() if folder != first[name]} == {"select"}
     thresholds = folders(filters={"max_overlap": 0.1})
     assert {name for name in first if thresholds[name] != first[name]} == {"check", "judge", "select"}
     rows = tmp_path / "mmar.jsonl"
@@ -129,6 +150,83 @@ def test_a_stage_writes_to_a_folder_named_by_what_decides_its_rows(tmp_path: Pat
     (tmp_path / "mine/eaqa/music.md").write_text("What music is there? Reply with exactly: NONE if there is none.")
     prompted = folders(prompts=tmp_path / "mine")
     assert prompted["clips"] == first["clips"] and prompted["caption"] != first["caption"]
+
+
+class Queue:
+    """Stands in for Slurm's executor: what is handed to it waits in `steps`."""
+
+    steps: ClassVar[list[runner.StageStep]] = []
+
+    def __init__(self, pipeline: list[runner.StageStep], **_: Any) -> None:
+        self.steps.extend(pipeline)
+
+    def run(self) -> None:
+        pass
+
+
+def test_a_queued_task_works_with_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "SlurmPipelineExecutor", Queue)
+    monkeypatch.setattr(Queue, "steps", [])
+    file = write_run(tmp_path, executor={"kind": "slurm"}, stages={"vet": ENDPOINT}, filters_file="filters.yaml")
+    row = {"id": "1", "audio": "a.wav", "question": "Which is heard?", "choices": ["dog", "cat"], "answer": "dog"}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(row) + "\n")
+    thresholds = yaml.safe_load(DEFAULT_FILTERS.read_text()) | {"num_choices": 2, "max_length_ratio": 9.0}
+    (tmp_path / "filters.yaml").write_text(yaml.safe_dump(thresholds))
+    rows, screen, check, *_ = runner.run("converters.synthesis.vet", file, [])
+    steps = Queue.steps
+    (tmp_path / "filters.yaml").write_text(yaml.safe_dump(thresholds | {"num_choices": 3}))
+    for step in steps[:3]:
+        step.run(rank=0, world_size=1)
+    for placed in (rows, screen, check):
+        (made,) = runner.read_samples(placed.rows_file(0))
+        assert made.dropped is None
+    (tmp_path / "clips.jsonl").write_text("")
+    with pytest.raises(runner.StageError, match=r"clips\.jsonl changed since the run was planned"):
+        steps[0].run(rank=0, world_size=1)
+
+
+def test_a_stage_is_done_anew_on_demand_with_those_after_it_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SlurmPipelineExecutor", Queue)
+    file = write_run(tmp_path, executor={"kind": "slurm"})
+
+    def queued(*names: str, force: str | None = None) -> list[str]:
+        monkeypatch.setattr(Queue, "steps", [])
+        runner.run("converters.synthesis.eaqa", file, names, force=force)
+        return [step.name for step in Queue.steps]
+
+    everything = queued()
+    for placed in place(eaqa.STAGES, read_config(file), Prompts()):
+        (placed.folder / "completions").mkdir()
+        (placed.folder / "completions/00000").touch()
+    (tmp_path / "run/journal").mkdir()
+    (tmp_path / "run/journal/paid").touch()
+    assert queued() == []
+    with pytest.raises(ConfigError, match="add --stage screen"):
+        queued("clips", force="screen")
+    with pytest.raises(ConfigError, match="no stage hear"):
+        queued(force="hear")
+    assert queued() == []
+    assert queued(force="screen") == everything[1:]
+    assert (tmp_path / "run/journal/paid").exists()
+
+
+def test_the_user_s_own_files_are_left_alone_by_a_run_in_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SlurmPipelineExecutor", Queue)
+    file = write_run(tmp_path, output=".", executor={"kind": "slurm"}).rename(tmp_path / "config.yaml")
+    before = file.read_bytes()
+    runner.run("converters.synthesis.eaqa", file, ["clips"])
+    assert file.read_bytes() == before and read_config(tmp_path / "run.yaml").output == tmp_path
+    runner.run("converters.synthesis.eaqa", tmp_path / "run.yaml", ["clips"])  # as good as the user's own
+    assert len(list(tmp_path.glob("clips-*"))) == 1
+    (tmp_path / "run.yaml").unlink()
+    file.rename(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="give yours another name"):
+        runner.run("converters.synthesis.eaqa", tmp_path / "run.yaml", ["clips"])
+    assert (tmp_path / "run.yaml").read_bytes() == before
 
 
 def test_a_stage_waits_for_the_one_before_it(tmp_path: Path) -> None:
@@ -315,9 +413,14 @@ def test_the_summary_counts_a_request_once_however_many_rows_came_of_it(tmp_path
         {"stage": "question", "folder": "question-1", "models": ["m"]},
         {"stage": "select", "folder": "", "models": []},
     ]
-    (tmp_path / "run.json").write_text(json.dumps({"pipeline": "converters.synthesis.eaqa", "stages": stages}))
+    (tmp_path / "select-1/inputs").mkdir(parents=True)
+    (tmp_path / "select-1/inputs/run.json").write_text(
+        json.dumps({"pipeline": "converters.synthesis.eaqa", "stages": stages})
+    )
     limits = Config(input=Path(), audio_root=Path(), output=Path(), stages={}).limits()
-    made = summarise(tmp_path, {"near_duplicate": 1}, {"sft": 1, "rl": 0, "validation": 0}, Shape(4), limits)
+    made = summarise(
+        tmp_path / "select-1", {"near_duplicate": 1}, {"sft": 1, "rl": 0, "validation": 0}, Shape(4), limits
+    )
     question, select = made.stages
     assert (question.requests, question.prompt_tokens, question.rows_out) == (1, 100, 2)
     assert question.dropped == {"refused": 1} and (select.rows_in, select.rows_out) == (2, 1)
