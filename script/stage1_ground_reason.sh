@@ -29,6 +29,11 @@ require "${TRAIN_FILE:?is not set: the rows of converters.sft_jsonl}" "Make it w
 defaults sft
 [[ "$SFT_TUNER" == full || "$SFT_TUNER" == lora ]] || die "SFT_TUNER is '$SFT_TUNER'; it is full or lora" 2
 [[ "$SFT_FREEZE_AUDIO" == true || "$SFT_FREEZE_AUDIO" == false ]] || die "SFT_FREEZE_AUDIO is '$SFT_FREEZE_AUDIO'" 2
+[[ "$SFT_CLIP" =~ ^(own|random|silent|shuffled)$ ]] ||
+  die "SFT_CLIP is '$SFT_CLIP'; it is own, random, silent or shuffled" 2
+# SFT_MODE is a setting of the rows; a recipe exports it. Rows without a clip are refused below in any case.
+[[ "$SFT_CLIP" == own || "${SFT_MODE:-interleaved}" == *interleaved* ]] ||
+  die "SFT_CLIP=$SFT_CLIP needs rows with sound behind their tags, and SFT_MODE is '$SFT_MODE'. Use SFT_MODE=interleaved or SFT_CLIP=own." 2
 [[ "$DEVICE" == cpu || "$DEVICE" == cuda ]] || die "DEVICE is '$DEVICE'; it is cpu or cuda" 2
 [[ "$DEVICE" == cpu ]] || ((NUM_GPUS > 0)) || die "NUM_GPUS=$NUM_GPUS: DEVICE=cpu trains without a GPU" 2
 
@@ -63,7 +68,7 @@ else
   ENVIRONMENT+=(CUDA_VISIBLE_DEVICES= "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
   DEVICE_FLAGS+=(--dataloader_pin_memory false)
 fi
-ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false)
+ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false "SFT_CLIP=$SFT_CLIP")
 # For float32 ms-swift would ask for mixed precision in fp16.
 [[ "$SFT_DTYPE" != float32 ]] || DEVICE_FLAGS+=(--fp16 false --bf16 false)
 [[ -z "$SFT_DEEPSPEED" ]] || DEVICE_FLAGS+=(--deepspeed "$SFT_DEEPSPEED")
@@ -109,7 +114,7 @@ fi
 
 ROWS="$OUTPUT_DIR/rows.jsonl"
 run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$TRAIN_FILE" "$ROWS" \
-  --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/overlong.jsonl"
+  --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/overlong.jsonl" --clip "$SFT_CLIP"
 
 # The loss on rows that are not trained on.
 EVALUATION=(--eval_strategy no)
