@@ -80,6 +80,7 @@ WORDS = {
     "SFT_LR_SCHEDULER": "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt "
     "reduce_lr_on_plateau cosine_with_min_lr cosine_warmup_with_min_lr warmup_stable_decay greedy",  # transformers
     "SFT_TUNER": "full lora",
+    "SFT_CLIP": "own random silent shuffled",
     "SFT_WITHOUT_THINK": "refuse answers skip",
     "SFT_DTYPE": " ".join(DTYPE_BYTES),
     "SFT_ATTN": ATTENTION,
@@ -176,6 +177,8 @@ def wrong_values(settings: Settings) -> Problems:
 
 def combinations(settings: Settings, stages: Sequence[str]) -> Problems:
     """Settings that do not fit together, as stage 1 and verl want it."""
+    from converters.sft_jsonl import parse_mix
+
     names = ("SFT_BATCH_SIZE", "SFT_MICRO_BATCH", "RL_BATCH_SIZE", "RL_MINI_BATCH", "RL_GROUP", "RL_TP", "NUM_GPUS")
     sft_rows, micro, rl_rows, mini, group, tp, gpus = map(settings.whole, names)
     sft, rl = settings.processes("sft"), settings.processes("rl")
@@ -195,6 +198,9 @@ def combinations(settings: Settings, stages: Sequence[str]) -> Problems:
     if "sft" in stages and settings["NUM_NODES"] != "1" and not settings["NODE_LAUNCHER"]:
         text = f"NUM_NODES={settings['NUM_NODES']} and no NODE_LAUNCHER, which starts SFT on each node"
         yield Problem(text, "Use script/slurm.sh, or see recipes/echo-7b/README.md.")
+    if "sft" in stages and settings["SFT_CLIP"] != "own" and "interleaved" not in parse_mix(settings["SFT_MODE"]):
+        text = f"SFT_CLIP={settings['SFT_CLIP']} and no row has sound behind its tags: SFT_MODE={settings['SFT_MODE']}"
+        yield Problem(text, "Use SFT_MODE=interleaved, or SFT_CLIP=own.")
     lora, dtype, words = settings["SFT_TUNER"] == "lora", settings["SFT_DTYPE"], settings["WORDS_TEXT"].split()
     if "sft" in stages and lora and not settings.on("SFT_FREEZE_AUDIO"):
         text = "SFT_TUNER=lora does not train the audio tower, and SFT_FREEZE_AUDIO is false"

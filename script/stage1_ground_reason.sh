@@ -29,6 +29,11 @@ require "${TRAIN_FILE:?is not set: the rows of converters.sft_jsonl}" "Make it w
 defaults sft
 [[ "$SFT_TUNER" == full || "$SFT_TUNER" == lora ]] || die "SFT_TUNER is '$SFT_TUNER'; it is full or lora" 2
 [[ "$SFT_FREEZE_AUDIO" == true || "$SFT_FREEZE_AUDIO" == false ]] || die "SFT_FREEZE_AUDIO is '$SFT_FREEZE_AUDIO'" 2
+[[ "$SFT_CLIP" =~ ^(own|random|silent|shuffled)$ ]] ||
+  die "SFT_CLIP is '$SFT_CLIP'; it is own, random, silent or shuffled" 2
+# SFT_MODE is a setting of the rows; a recipe exports it. Rows without a clip are refused below in any case.
+[[ "$SFT_CLIP" == own || "${SFT_MODE:-interleaved}" == *interleaved* ]] ||
+  die "SFT_CLIP=$SFT_CLIP needs rows with sound behind their tags, and SFT_MODE is '$SFT_MODE'. Use SFT_MODE=interleaved or SFT_CLIP=own." 2
 [[ "$DEVICE" == cpu || "$DEVICE" == cuda ]] || die "DEVICE is '$DEVICE'; it is cpu or cuda" 2
 [[ "$DEVICE" == cpu ]] || ((NUM_GPUS > 0)) || die "NUM_GPUS=$NUM_GPUS: DEVICE=cpu trains without a GPU" 2
 
@@ -63,7 +68,7 @@ else
   ENVIRONMENT+=(CUDA_VISIBLE_DEVICES= "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
   DEVICE_FLAGS+=(--dataloader_pin_memory false)
 fi
-ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false)
+ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false "SFT_CLIP=$SFT_CLIP")
 # For float32 ms-swift would ask for mixed precision in fp16.
 [[ "$SFT_DTYPE" != float32 ]] || DEVICE_FLAGS+=(--fp16 false --bf16 false)
 [[ -z "$SFT_DEEPSPEED" ]] || DEVICE_FLAGS+=(--deepspeed "$SFT_DEEPSPEED")
@@ -107,19 +112,19 @@ if [[ "$DRY_RUN" != 1 ]]; then
   CHECKPOINT="$(last_checkpoint)"
 fi
 
-# fitting_rows IN PREFIX: those of IN that can be trained on, to OUTPUT_DIR/PREFIXrows.jsonl
+# fitting_rows IN PREFIX [WORDS]: those of IN that can be trained on, to OUTPUT_DIR/PREFIXrows.jsonl
 fitting_rows() {
   run "${ENVIRONMENT[@]}" "$PYTHON" -m echo_plugins.for_swift.dataset "$1" "$OUTPUT_DIR/${2}rows.jsonl" \
-    --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/${2}overlong.jsonl"
+    --model "$MODEL" --max-length "$SFT_MAX_LENGTH" --overlong "$OUTPUT_DIR/${2}overlong.jsonl" "${@:3}"
 }
 
 ROWS="$OUTPUT_DIR/rows.jsonl"
-fitting_rows "$TRAIN_FILE" ''
+fitting_rows "$TRAIN_FILE" '' --clip "$SFT_CLIP"
 
 # A checkpoint goes on with what it was begun with: other rows would be taken up in the middle of their epoch, and the weights
 # of another model would be lost.
 begun_with() {
-  printf 'SFT_TUNER %s\n' "$SFT_TUNER"
+  printf 'SFT_TUNER %s\nSFT_CLIP %s\n' "$SFT_TUNER" "$SFT_CLIP"
   printf 'rows %s\n' "$(sha256sum < "$ROWS")"
   printf 'MODEL %s\n' "$(find -L "$MODEL" -name '*.safetensors' -type f -exec tail -c 1000000 '{}' + | sha256sum)"
 }

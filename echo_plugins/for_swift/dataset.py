@@ -25,6 +25,7 @@ from rich.progress import open as open_with_progress
 
 from echo_plugins.audio import SAMPLING_RATE, parse_fragment, too_long
 from echo_plugins.model import MAX_AUDIO_SECONDS, OmniFamily, family_of, hop_length, max_audio_seconds
+from echo_plugins.relisten.control import CLIP_SOUNDS
 from echo_plugins.relisten.prompt import AUDIO_TAG
 from echo_plugins.relisten.segment import Segment
 
@@ -98,12 +99,15 @@ def file_samples(path: str) -> int:
     return round(info.frames * SAMPLING_RATE / info.samplerate)
 
 
-def sort_out(rows: Path, fit: Path, overlong: Path, lengths: Lengths, max_length: int) -> tuple[int, int]:
+def sort_out(
+    rows: Path, fit: Path, overlong: Path, lengths: Lengths, max_length: int, clip: str = "own"
+) -> tuple[int, int]:
     """Write the rows of at most `max_length` tokens to `fit` and name the others in `overlong`, whole or not at all.
 
-    Returns how many rows went where. Raises BadRowError with file and line.
+    Returns how many rows went where. Raises BadRowError with file and line. It is raised too where `clip` (SFT_CLIP) is
+    a control and no row has a clip that could be replaced.
     """
-    num_fit = num_overlong = 0
+    num_fit = num_overlong = num_clips = 0
     unfinished = [path.with_name(f".{path.name}.{os.getpid()}") for path in (fit, overlong)]
     with (
         open_with_progress(rows, "rb", description="lengths of rows", console=Console(stderr=True)) as source,
@@ -119,10 +123,16 @@ def sort_out(rows: Path, fit: Path, overlong: Path, lengths: Lengths, max_length
             if num_tokens <= max_length:
                 fit_file.write(line)
                 num_fit += 1
+                num_clips += sum(parse_fragment(audio)[1] is not None for audio in row["audios"])
             else:
                 name = {"file": str(rows), "line": number, "tokens": num_tokens, "audio": row["audios"][:1]}
                 overlong_file.write(json.dumps(name) + "\n")
                 num_overlong += 1
+    if num_fit and not num_clips and clip != "own":
+        raise BadRowError(
+            f"SFT_CLIP={clip}: no row of {rows} has sound behind a tag. Make the rows with SFT_MODE=interleaved "
+            "(converters.sft_jsonl --mode interleaved), or use SFT_CLIP=own"
+        )
     unfinished[1].replace(overlong)
     unfinished[0].replace(fit)
     return num_fit, num_overlong
@@ -138,10 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="directory of the model to train")
     parser.add_argument("--max-length", type=int, required=True, help="tokens of a row, inserted audio counted")
     parser.add_argument("--overlong", type=Path, required=True, help="JSONL that names the rows left out")
+    parser.add_argument("--clip", choices=CLIP_SOUNDS, default="own", help="what training will hear behind the tags")
     args = parser.parse_args(argv)
     try:
         num_fit, num_overlong = sort_out(
-            args.rows, args.fit, args.overlong, Lengths.of_model(args.model), args.max_length
+            args.rows, args.fit, args.overlong, Lengths.of_model(args.model), args.max_length, args.clip
         )
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

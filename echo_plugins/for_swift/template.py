@@ -5,11 +5,14 @@ They take the place of ms-swift's own under the same names, and differ in three 
 - all sound is decoded by `echo_plugins.audio`, as in rollout and inference, and what it refuses names the file;
 - features are padded to the longest clip of a row and of a batch, not to the extractor's window (300 s, 15 MB a clip).
 
+SFT_CLIP in the environment puts another sound behind the tags: a word of `relisten.control`.
+
 ms-swift itself takes an `<audio>` in the assistant's turn, and trains neither on its tokens nor on those around it.
 """
 
 from __future__ import annotations
 
+import os
 from copy import copy
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +26,7 @@ from swift.template.utils import Context
 
 from echo_plugins import audio
 from echo_plugins.model import QWEN2_5_OMNI, QWEN3_OMNI, OmniFamily
+from echo_plugins.relisten.control import CLIP_SOUNDS, ClipSound, clip_sound
 from echo_plugins.relisten.segment import Segment
 
 if TYPE_CHECKING:
@@ -36,15 +40,19 @@ class RelistenMixin(_Base):
 
     name: str  # of the template, as ms-swift registers it
     family: OmniFamily
+    clip_sound: ClipSound  # kept here, so that it reaches the processes that read rows and ms-swift's cache keys
 
     def init_processor(self, processor: Any) -> None:
+        self.clip_sound = clip_sound_of(os.environ.get("SFT_CLIP", "own"))
         super().init_processor(processor)
         if processor is not None:
             audio.pad_to_longest(self.processor.feature_extractor, self.family)
 
     def _preprocess_inputs(self, inputs: StdTemplateInputs) -> None:
         if self.mode != "vllm":  # there ms-swift hands paths on to the engine
-            inputs.audios = waveforms(inputs.audios)
+            # No path: a moved data set would train on other sounds.
+            name = "\n".join(str(message["content"]) for message in inputs.messages)
+            inputs.audios = waveforms(inputs.audios, self.clip_sound, name)
         super()._preprocess_inputs(inputs)
 
     def replace_tag(
@@ -80,21 +88,32 @@ class RelistenQwen3OmniTemplate(RelistenMixin, Qwen3OmniTemplate):
     family = QWEN3_OMNI
 
 
-def waveforms(references: list[Any]) -> list[Any]:
+def clip_sound_of(word: str) -> ClipSound:
+    """The value of SFT_CLIP. Raises ValueError for any other word."""
+    for sound in CLIP_SOUNDS:
+        if word == sound:
+            return sound
+    raise ValueError(f"SFT_CLIP is '{word}'; it is one of {', '.join(CLIP_SOUNDS)}")
+
+
+def waveforms(references: list[Any], sound: ClipSound = "own", name: str = "") -> list[Any]:
     """Decode each `path` or `path#t=START,END`, a file once however many pieces of it are named.
 
-    What is no string (a waveform already, a file object) stays as it is. Raises AudioError.
+    `sound` is what a piece is replaced by. It is drawn by `name`, which identifies the row, the number of the piece in
+    `references` and its place, so that a row always sounds the same. What is no string (a waveform already, a file
+    object) stays as it is. Raises AudioError.
     """
     decoded: dict[str, np.ndarray] = {}
     clips = []
-    for reference in references:
+    for number, reference in enumerate(references):
         if isinstance(reference, str):
             path, bounds = audio.parse_fragment(reference)
             if path not in decoded:
                 decoded[path] = audio.load(path)
             clip = decoded[path]
             if bounds is not None:
-                clip = audio.crop(clip, *Segment(*bounds).sample_bounds(audio.SAMPLING_RATE))
+                place = Segment(*bounds).sample_bounds(audio.SAMPLING_RATE)
+                clip = clip_sound(clip, *place, audio.SAMPLING_RATE, sound, f"{name}\0{number}")
             if not len(clip):
                 raise audio.AudioError(f"{reference}: no sound there, the file is {len(decoded[path])} samples long")
             clips.append(clip)

@@ -112,6 +112,7 @@ def test_how_a_stage_is_run_never_matters(stage: Stage, tmp_path: Path, killed: 
     [
         ({"SFT_LR": "2e-6"}, "SFT_LR was 1e-6, is 2e-6"),
         ({"SEED": "7"}, "SEED was 42, is 7"),
+        ({"SFT_CLIP": "silent"}, "SFT_CLIP was own, is silent"),
         ({"WORDS_TEXT": "--lr 1"}, "what follows -- was empty, is --lr 1"),
     ],
 )

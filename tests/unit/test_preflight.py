@@ -229,6 +229,7 @@ def test_an_empty_value_passes_where_it_means_something(name: str) -> None:
         ({"RL_TP": "3"}, "8, is no multiple of RL_TP=3"),
         ({"RL_TOKENS_PER_GPU": "4000"}, "RL_MAX_RESPONSE = 4096"),
         ({"SFT_TUNER": "lora", "SFT_FREEZE_AUDIO": "false"}, "does not train the audio tower"),
+        ({"SFT_CLIP": "silent", "SFT_MODE": "grounded=1,plain=1"}, "no row has sound behind its tags"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused(values: dict[str, str], seen: str) -> None:

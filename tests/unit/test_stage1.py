@@ -59,6 +59,8 @@ def test_the_batch_is_the_same_on_any_number_of_gpus(
         ({"SFT_TUNER": "qlora"}, "qlora"),
         ({"SFT_TUNER": "lora", "SFT_FREEZE_AUDIO": "false"}, "SFT_FREEZE_AUDIO"),
         ({"SFT_FREEZE_AUDIO": "yes"}, "yes"),
+        ({"SFT_CLIP": "silence"}, "own, random, silent or shuffled"),
+        ({"SFT_CLIP": "silent", "SFT_MODE": "grounded"}, "Use SFT_MODE=interleaved or SFT_CLIP=own"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, str], told: str) -> None:
@@ -78,6 +80,14 @@ def test_words_go_on_to_ms_swift_and_come_last() -> None:
     done = dry_run("--learning_rate", "1e-4", "--packing", "true", SFT_LR="5e-6")
     assert flags(done)["--learning_rate"] == "1e-4"
     assert done.stdout.rstrip().endswith("true")
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "interleaved=50,plain=50"])
+def test_the_sound_behind_the_tags_reaches_ms_swift_and_the_check_of_the_rows(mode: str) -> None:
+    done = dry_run(SFT_CLIP="random", SFT_MODE=mode)
+    check, swift = done.stdout[: done.stdout.index(" sft")], done.stdout
+    assert "--clip random" in check and swift.count("SFT_CLIP=random") == 2
+    assert "SFT_CLIP=own" in dry_run(SFT_MODE="grounded").stdout
 
 
 def test_the_audio_tower_is_frozen_unless_asked() -> None:
