@@ -598,6 +598,8 @@ def _join_ray(address: str | None) -> None:
 
     if not ray.is_initialized():
         environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        # "local": else Ray joins whatever cluster was started last on this machine, and waits for it if it is gone.
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
         ray.init(address=address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
 
 
