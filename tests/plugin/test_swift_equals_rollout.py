@@ -28,7 +28,7 @@ from echo_plugins.audio import SAMPLING_RATE
 from echo_plugins.for_swift import template
 from echo_plugins.for_verl.omni import pack_clips
 from echo_plugins.model import family_of
-from echo_plugins.relisten.control import CLIP_SOUNDS
+from echo_plugins.relisten.control import CLIP_SOUNDS, ClipSound
 
 template.register()
 
@@ -80,18 +80,21 @@ def in_training(model: Path, row: dict[str, Any]) -> Side:
 
 
 def in_rollout(model: Path, audio_file: Path, script: Sequence[str]) -> Side:
-    processor = hf_processor(str(model))
+    processor: Any = hf_processor(str(model))
     server = ScriptedServer(processor.tokenizer, list(script))
     loop = relisten_loop(model, processor, server, {"prompt_length": 400, "response_length": 300}, {})
     messages = messages_of(QUESTION, CHOICES, str(audio_file))
-    output = asyncio.run(loop.run({"temperature": 1.0, "logprobs": True}, raw_prompt=messages, global_steps=1, index=0))
+    output: Any = asyncio.run(
+        loop.run({"temperature": 1.0, "logprobs": True}, raw_prompt=messages, global_steps=1, index=0)
+    )
     assert output.extra_fields["error"] is None
     learned = [0] * len(output.prompt_ids) + list(output.response_mask)
     return Side([*output.prompt_ids, *output.response_ids], learned, dict(output.multi_modal_data["audios"]))
 
 
 def places_of_audio(model: Path, side: Side) -> list[int]:
-    family, tokenizer = family_of(model), hf_processor(str(model)).tokenizer
+    processor: Any = hf_processor(str(model))
+    family, tokenizer = family_of(model), processor.tokenizer
     texts = (family.audio_token, family.audio_bos_token, family.audio_eos_token)
     audio = tokenizer.convert_tokens_to_ids(list(texts))
     return [place for place, token in enumerate(side.ids) if token in audio]
@@ -116,7 +119,8 @@ def test_a_token_that_holds_more_than_the_end_of_a_tag_leaves_the_ids_of_a_row(
     omni_model: Path, row: dict[str, Any], audio_file: Path
 ) -> None:
     """The policy samples `>,` and `>.`; the clip follows the plain `>`, which it has not sampled."""
-    tokenizer = hf_processor(str(omni_model)).tokenizer
+    processor: Any = hf_processor(str(omni_model))
+    tokenizer = processor.tokenizer
     script = [TURNS[0] + ",", TURNS[1] + ".", TURNS[2] + LAST + "<|im_end|>"]
     ends = [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[-1:]) for text in script[:2]]
     assert ends == [">,", ">."]
@@ -157,10 +161,14 @@ def test_another_sound_behind_the_tags_changes_the_features_alone(
 def test_the_sound_behind_a_tag_is_drawn_by_row_and_place_in_it(row: dict[str, Any], audio_file: Path) -> None:
     waveform = template.waveforms([str(audio_file)])[0]
     references = [*row["audios"], row["audios"][1]]
-    own, silent, random, again, other = (
-        template.waveforms(references, *options)
-        for options in (("own", "a"), ("silent", "a"), ("random", "a"), ("random", "a"), ("random", "b"))
-    )
+    draws: list[tuple[ClipSound, str]] = [
+        ("own", "a"),
+        ("silent", "a"),
+        ("random", "a"),
+        ("random", "a"),
+        ("random", "b"),
+    ]
+    own, silent, random, again, other = (template.waveforms(references, *options) for options in draws)
     assert all(np.array_equal(clips[0], waveform) for clips in (own, silent, random)), "the question keeps its sound"
     assert np.array_equal(own[1], waveform[8_000:24_000]) and not any(clip.any() for clip in silent[1:])
     assert [len(clip) for clip in random] == [len(clip) for clip in silent] == [len(clip) for clip in own]
