@@ -1,8 +1,9 @@
 """Templates of Qwen2.5-Omni and Qwen3-Omni for ms-swift that read clips as Echo does.
 
-They take the place of ms-swift's own under the same names, and differ in three ways:
+They take the place of ms-swift's own under the same names, and differ in four ways:
 - `path#t=START,END` in `audios` is that piece of the file, decoded when the row is read: nothing is cut beforehand;
 - all sound is decoded by `echo_plugins.audio`, as in rollout and inference, and what it refuses names the file;
+- a clip of Qwen3-Omni keeps its last samples that fill no frame, as in rollout and inference;
 - features are padded to the longest clip of a row and of a batch, not to the extractor's window (300 s, 15 MB a clip).
 
 SFT_CLIP in the environment puts another sound behind the tags: a word of `relisten.control`.
@@ -54,6 +55,10 @@ class RelistenMixin(_Base):
             name = "\n".join(str(message["content"]) for message in inputs.messages)
             inputs.audios = waveforms(inputs.audios, self.clip_sound, name)
         super()._preprocess_inputs(inputs)
+
+    def _trim_omni_v3_audios(self, audios: Any) -> Any:
+        # ms-swift cuts a clip of Qwen3-Omni to whole frames. Its last frames would then differ from those of a rollout.
+        return super()._trim_omni_v3_audios(audios) if self.mode == "vllm" else audios
 
     def replace_tag(
         self, media_type: Literal["image", "video", "audio"], index: int, inputs: StdTemplateInputs

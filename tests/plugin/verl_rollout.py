@@ -19,6 +19,7 @@ import echo_plugins.for_verl.agent_loop as agent_loop
 import echo_plugins.for_verl.cpu_platform
 import echo_plugins.for_verl.dataset as dataset
 import echo_plugins.for_verl.omni  # noqa: F401 - as in verl's own processes
+from echo_plugins.model import family_of
 from echo_plugins.relisten.prompt import question_text
 
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 1024, 400
@@ -90,7 +91,7 @@ def relisten_loop(
         processor=processor,
         dataset_cls=dataset.RelistenDataset,
         data_config=DictConfigWrap(config.data),
-        hf_model_type="qwen2_5_omni",
+        hf_model_type=family_of(model).model_type,
     )
 
 
