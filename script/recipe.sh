@@ -141,8 +141,12 @@ stage_gate() {
   fi
 }
 
+# RL_STEPS=0: the chain ends with the model of stage 1.
+without_rl() { [[ "$RL_STEPS" == 0 ]]; }
+
 stage_rl() {
   local options=(--after data) file
+  ! without_rl || { note "rl: left out, RL_STEPS=0"; return; }
   if [[ "$(rl_base)" == "$SFT_DIR/last" ]]; then
     options+=(--after sft)
   else
@@ -161,6 +165,7 @@ stage_rl() {
 
 stage_merge() {
   local best=()
+  ! without_rl || { note "merge: left out, RL_STEPS=0"; return; }
   ((RL_KEEP_BEST == 0)) || best=(--best)
   stage merge --output "$MERGED_DIR" --after rl --learned WORDS_TEXT --learned RL_KEEP_BEST -- \
     env CHECKPOINT="$RL_DIR" BASE_MODEL="$(rl_base)" OUTPUT_DIR="$MERGED_DIR" \
@@ -168,13 +173,17 @@ stage_merge() {
 }
 
 stage_infer() {
-  local options=()
+  local options=(--after merge) model="$MERGED_DIR"
+  if without_rl; then
+    model="$(rl_base)" options=(--after sft)
+    [[ "$model" == "$SFT_DIR/last" ]] || options=(--model "the model=$model")
+  fi
   if [[ "$eval_audio_qa" == "$DATA_DIR"/* ]]; then
     options+=(--after data)
   elif [[ -n "$eval_audio_qa" ]]; then
     options+=(--input "EVAL_AUDIO_QA=$eval_audio_qa")
   fi
-  stage infer --output "$EVAL_DIR" --after merge "${options[@]}" --learned WORDS_TEXT -- infer "$MERGED_DIR" "$EVAL_DIR"
+  stage infer --output "$EVAL_DIR" "${options[@]}" --learned WORDS_TEXT -- infer "$model" "$EVAL_DIR"
 }
 
 # infer MODEL DIR
@@ -219,14 +228,18 @@ stage_score() {
 
 # What is wrong is said before it costs. Takes the stages that are to run.
 preflight() {
-  local quiet=() status=0
+  local quiet=() status=0 name stages=()
   [[ -x "$PYTHON" ]] || { [[ "$DRY_RUN" == 1 ]] && return; die "no Python at $PYTHON. Run 'bash script/setup.sh cpu' (or gpu) first, or set PYTHON."; }
   [[ "$DRY_RUN" == 1 || "$*" == check ]] || quiet=(--quiet)
   [[ "$*" != check ]] || set -- "${STAGES[@]}"
+  for name; do
+    [[ "$name" =~ ^(rl|merge)$ ]] && without_rl || stages+=("$name")
+  done
+  ((${#stages[@]})) || return 0
   env AUDIO_ROOT="$audio_root" WORDS_TEXT="$WORDS_TEXT" PREFLIGHT_MODEL="$base_model" \
     PREFLIGHT_SFT_AUDIO_QA="$sft_audio_qa" PREFLIGHT_RL_AUDIO_QA="$rl_audio_qa" \
     PREFLIGHT_VAL_AUDIO_QA="$val_audio_qa" PREFLIGHT_EVAL_AUDIO_QA="$eval_audio_qa" \
-    "$PYTHON" "$ROOT/script/preflight.py" --recipe "$RECIPE" "${quiet[@]}" "$@" || status=$?
+    "$PYTHON" "$ROOT/script/preflight.py" --recipe "$RECIPE" "${quiet[@]}" "${stages[@]}" || status=$?
   # A dry run shows all of it, what would be refused too.
   [[ "$DRY_RUN" == 1 ]] || ((status == 0)) || exit "$status"
 }

@@ -29,6 +29,7 @@ esac
 OUTPUT_DIR="$(realpath -m "$OUTPUT_DIR")"
 defaults rl
 [[ "$DEVICE" == cpu || "$DEVICE" == cuda ]] || die "DEVICE is '$DEVICE'; it is cpu or cuda" 2
+[[ "$RL_STEPS" != 0 ]] || die "RL_STEPS=0 leaves stage 2 out of a recipe. Here it takes one step or more, or all rows if it is empty." 2
 : "${RL_TOKENS_PER_GPU:=$((2 * (RL_MAX_PROMPT + RL_MAX_RESPONSE)))}"
 
 require "$MODEL" "Run script/stage1_ground_reason.sh first, or point MODEL at a model directory."

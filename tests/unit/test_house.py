@@ -149,11 +149,21 @@ def test_a_recipe_explains_itself_and_refuses_an_unknown_stage(recipe: str, tmp_
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_prints_every_command_and_runs_none(recipe: str, tmp_path: Path) -> None:
     environment = {"DRY_RUN": "1", "PYTHON": "/nowhere/python", "RUN_DIR": str(tmp_path / "run")}
-    done = bash(f"bash recipes/{recipe}/run.sh", **environment)
+    done = bash(f"bash recipes/{recipe}/run.sh", **environment, RL_STEPS="")  # where RL is optional too
     assert done.returncode == 0, done.stderr
     for command in ("sft_jsonl", "rl_parquet", "swift", "main_ppo", "for_verl.merge", "eval.infer", "eval.score"):
         assert command in done.stdout, f"{command} is not in the commands that were printed"
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_rl_the_model_of_stage_1_is_scored(recipe: str, tmp_path: Path) -> None:
+    environment = {"DRY_RUN": "1", "PYTHON": "/nowhere/python", "RUN_DIR": str(tmp_path / "run"), "RL_STEPS": "0"}
+    done = bash(f"bash recipes/{recipe}/run.sh", **environment)
+    assert done.returncode == 0 and done.stderr.count("left out, RL_STEPS=0") == 2, done.stderr
+    assert "main_ppo" not in done.stdout and "for_verl.merge" not in done.stdout
+    scored = done.stdout.partition("# stage infer")[2]
+    assert f"--model {tmp_path}/run/sft/last" in scored and "eval.score" in scored
 
 
 def test_a_printed_command_can_be_pasted() -> None:
