@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from safetensors.torch import load_file
 
 from echo_plugins.relisten.segment import Segment, find_tags
 from echo_plugins.relisten.transcript import parse
@@ -150,3 +151,28 @@ def test_echo_7b_takes_each_kind(own: Path, tiny_model: Path, tmp_path: Path, ki
         assert not (tmp_path / "data" / "sft-rows.jsonl").exists() and not (tmp_path / "sft").exists()
     else:
         assert all(len(find_tags(response)) == 2 for response in responses(tmp_path))
+
+
+def test_cogito_30b_lora_trains_an_adapter_of_qwen3_omni_and_scores_it(
+    own: Path, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    """No RL: the merged model of stage 1 is what is asked."""
+    settings = {
+        "BASE_MODEL": str(tiny_qwen3),
+        "BENCHMARKS": "",
+        "RL_HOLDOUT": "4",
+        "RL_STEPS": "0",
+        "EVAL_MODES": "plain",
+    }
+    settings |= {"DEVICE": "cpu", "SFT_DTYPE": "float32", "SFT_DEEPSPEED": "", "EVAL_TP": "1"}
+    printed = run("cogito-30b-lora", own, "reasoning", tmp_path, **settings)
+    assert printed.count("left out, RL_STEPS=0") == 2 and not (tmp_path / "rl").exists()
+    assert not any(find_tags(response) for response in responses(tmp_path)), "plain rows name no segments"
+    assert_trained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_qwen3, tmp_path / "sft" / "last"))
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert before.keys() == after.keys() and any("thinker.model.layers.0.self_attn" in name for name in changed)
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "test" / "plain.jsonl").open()]
+    assert len(rows) == HELD and not any("error" in row for row in rows)
+    assert json.loads((tmp_path / "eval" / "test" / "plain.json").read_text())["total"] == HELD
+    assert "thinking_prediction" in rows[0] and "answer_prediction" in rows[0]
