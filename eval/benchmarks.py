@@ -41,6 +41,11 @@ SHOWN = 3  # examples of what is missing
 Rule = Literal["string_match", "letter", "first_letter", "nv_embed"]
 """Official rules, see eval.score. nv_embed is an embedding model and two judges of its own: not computed here."""
 
+LinksOption = Annotated[
+    bool,
+    typer.Option("--follow-links", help="Take audio that is a link which leads out of its root, as in a hub's cache."),
+]
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
@@ -537,11 +542,11 @@ def _overridden(row: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **ours, **({"as_published": published} if changed else {})}
 
 
-def audio_problem(item: Item, root: Path) -> str | None:
+def audio_problem(item: Item, root: Path, follow_links: bool = False) -> str | None:
     """Why the audio of a question cannot be found, None when all of it is there."""
     try:
         for audio in item.audios:
-            resolve_path(root, audio)
+            resolve_path(root, audio, follow_links)
     except AudioError as error:
         return f"{item.id}: {error}"
     return None
@@ -577,6 +582,7 @@ def list_benchmarks() -> None:
 def check(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHMARKS)}; or a YAML file of your own.")],
     benchmark_root: Annotated[Path, typer.Option(help="Its folder, in the official layout.")],
+    follow_links: LinksOption = False,
 ) -> None:
     """What of a benchmark is there, what is missing, and where it is got from.
 
@@ -592,7 +598,7 @@ def check(
     except BenchmarkError as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(1) from None
-    problems = [problem for item in questions if (problem := audio_problem(item, benchmark_root))]
+    problems = [problem for item in questions if (problem := audio_problem(item, benchmark_root, follow_links))]
     known = ", ".join(f"{revision} ({sha256[:12]})" for sha256, revision in benchmark.revisions.items()) or "none"
     rows_differ = benchmark.num_rows not in (None, questions.num_rows)
     lines = [

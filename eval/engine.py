@@ -176,8 +176,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """One row to answer. `audio` is relative to `audio_root`, and may not leave it. Where a question is about several
-    clips, `more_audio` are heard after it with GAP_SECONDS between, and segments count from the first one's start."""
+    """One row to answer. `audio` is relative to `audio_root`, and may not leave it, but by a link with `follow_links`.
+    Where a question is about several clips, `more_audio` are heard after it with GAP_SECONDS between, and segments
+    count from the first one's start."""
 
     id: str
     audio_root: str
@@ -185,6 +186,7 @@ class Question:
     question: str
     choices: tuple[str, ...]
     more_audio: tuple[str, ...] = ()
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -413,10 +415,10 @@ def prompt_text(processor: Any, question: Question, mode: Mode) -> str:
 
 def load_sound(question: Question) -> tuple[np.ndarray, str]:
     """The waveform, and the name of its content. Raises AudioError."""
-    waveform = audio.load(audio.resolve_path(question.audio_root, question.audio))
+    waveform = audio.load(audio.resolve_path(question.audio_root, question.audio, question.follow_links))
     gap = np.zeros(round(GAP_SECONDS * audio.SAMPLING_RATE), waveform.dtype)
     for path in question.more_audio:
-        more = audio.load(audio.resolve_path(question.audio_root, path))
+        more = audio.load(audio.resolve_path(question.audio_root, path, question.follow_links))
         waveform = np.concatenate([waveform, gap, more])
     return waveform, hashlib.blake2b(waveform.data, digest_size=16).hexdigest()
 

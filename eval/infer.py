@@ -19,7 +19,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,6 +41,7 @@ from .benchmarks import (
     BENCHMARKS,
     BenchmarkError,
     Item,
+    LinksOption,
     Questions,
     audio_problem,
     benchmark_name,
@@ -117,6 +118,7 @@ def main(
     benchmark_root: Annotated[Path | None, typer.Option(help="Its folder, in the official layout.")] = None,
     audio_qa: Annotated[Path | None, typer.Option(help="Instead of a benchmark: an AudioQA manifest.")] = None,
     audio_root: Annotated[Path | None, typer.Option(help="The folder that its audio paths start from.")] = None,
+    follow_links: LinksOption = False,
     mode: Annotated[
         Mode | None,
         typer.Option(
@@ -197,7 +199,7 @@ def main(
         raise typer.BadParameter(f"--arms {' '.join(unknown)}: of a model of ours, {', '.join(ARMS)}")
     try:
         questions = load_benchmark(benchmark, root) if benchmark else load_questions(AUDIO_QA, audio_qa or Path())
-        selection = Selection(questions, None if ids is None else read_ids(ids), max_rows)
+        selection = Selection(questions, None if ids is None else read_ids(ids), max_rows, follow_links)
         num_rows = _report_missing_audio(selection, root)
         sampling = Sampling(
             mode=mode,
@@ -335,11 +337,13 @@ def hosted(settings: ApiSettings, journal: Path, *, overwrite: bool) -> Backend:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows that are asked for, read anew each time. Raises BenchmarkError for an id that is not there."""
+    """The rows that are asked for, read anew each time. Raises BenchmarkError for an id that is not there.
+    `follow_links`: their audio may be links that lead out of its root."""
 
     questions: Questions
     ids: frozenset[str] | None
     max_rows: int | None
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.ids is not None and (unknown := self.ids - {item.id for item in self.questions}):
@@ -390,12 +394,12 @@ def _usable_gpus(device: str) -> int:
     return require_gpus(fleet.num_cluster_gpus(), device)
 
 
-def _report_missing_audio(items: Iterable[Item], root: Path) -> int:
+def _report_missing_audio(selection: Selection, root: Path) -> int:
     """Say what is missing before a long run; refuse to start one in which everything is. Returns the number of rows."""
     num_rows, num_missing, first = 0, 0, []
-    for item in items:
+    for item in selection:
         num_rows += 1
-        if problem := audio_problem(item, root):
+        if problem := audio_problem(item, root, selection.follow_links):
             num_missing += 1
             first += [problem] * (len(first) < 3)
     if num_missing == num_rows:
@@ -424,6 +428,7 @@ def describe(selection: Selection, num_rows: int, root: Path, backend: Backend, 
         "questions": str(questions.file.resolve()),
         "revision": questions.revision,
         "audio_root": str(root),
+        **({"follow_links": True} if selection.follow_links else {}),
         # From the predictions' folder, so that both are found when all of it was moved together.
         "relative": {
             "questions": os.path.relpath(questions.file.resolve(), run.file.resolve().parent),
@@ -482,7 +487,7 @@ async def _answer_all(
             for item in selection:
                 if item.id not in file.done:
                     shown = shuffled(item, run.shuffle)
-                    yield fleet.Task(number, shown, question_of(shown, root), run.sampling)
+                    yield fleet.Task(number, shown, question_of(shown, root, selection.follow_links), run.sampling)
 
     if backend.with_ray:
         fleet.connect_ray(_say)
@@ -512,8 +517,8 @@ async def _answer_all(
         await fleet.answer_all(tasks(), starts, num_lanes, finish, _say, can_restart=backend.with_ray)
 
 
-def question_of(item: Item, root: Path) -> Question:
-    return Question(item.id, str(root), item.audios[0], item.question, item.choices, item.audios[1:])
+def question_of(item: Item, root: Path, follow_links: bool = False) -> Question:
+    return Question(item.id, str(root), item.audios[0], item.question, item.choices, item.audios[1:], follow_links)
 
 
 def prediction(item: Item, outcome: Outcome) -> dict[str, Any]:
@@ -548,7 +553,7 @@ def _show_prompts(
     processor = model and AutoProcessor.from_pretrained(model)
     for item in itertools.islice(selection, DRY_PROMPTS):
         question = question_of(shuffled(item, shuffle), root)
-        print(f"--- {item.id}: {audio_problem(item, root) or ', '.join(item.audios)}")
+        print(f"--- {item.id}: {audio_problem(item, root, selection.follow_links) or ', '.join(item.audios)}")
         asked = question_text(question.question, question.choices, sampling.mode)
         print(prompt_text(processor, question, sampling.mode) if processor else asked)
     print(f"--- {sampling}")

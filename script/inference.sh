@@ -36,7 +36,8 @@ elif [[ -n "${AUDIO_QA:-}" && -z "${BENCHMARK:-}" ]]; then
 else
   die "give AUDIO_QA and AUDIO_ROOT, or BENCHMARK and BENCHMARK_ROOT" 2
 fi
-LIMIT=()
+LIMIT=() LINKS=()
+[[ "$FOLLOW_LINKS" == false ]] || LINKS=(--follow-links)
 [[ -z "$EVAL_MAX_ROWS" ]] || LIMIT=(--max-rows "$EVAL_MAX_ROWS")
 
 for mode in $EVAL_MODES; do
@@ -59,6 +60,7 @@ for mode in $EVAL_MODES; do
     --device "$DEVICE" \
     --seed "$SEED" \
     "${LIMIT[@]}" \
+    "${LINKS[@]}" \
     "${arms[@]}" \
     "$@"
   [[ " $* " != *" --dry-run "* ]] || continue

@@ -281,7 +281,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     missing = []
     for record in rows.sample:
         try:
-            path = str(resolve_path(settings["AUDIO_ROOT"] or ".", record.audio))
+            path = str(resolve_path(settings["AUDIO_ROOT"] or ".", record.audio, settings.on("FOLLOW_LINKS")))
             found.append((record, path, file_samples(path) / SAMPLING_RATE))
         except (AudioError, BadRowError):
             missing.append(record.audio)

@@ -67,7 +67,7 @@ make_audio_qa() { :; }
 make_base_model() { :; }
 
 prepare_data() {
-  local rl_rows="$rl_audio_qa" val_rows="$val_audio_qa" sft_rows="$sft_audio_qa"
+  local rl_rows="$rl_audio_qa" val_rows="$val_audio_qa" sft_rows="$sft_audio_qa" common
   [[ "$DRY_RUN" == 1 ]] || mkdir -p "$DATA_DIR"
   make_audio_qa
   if [[ -n "${AUDIO_QA:-}" ]]; then
@@ -84,15 +84,15 @@ prepare_data() {
     # What RL validates on is not trained on in SFT either.
     [[ "$sft_audio_qa" != "$rl_audio_qa" ]] || sft_rows="$rl_rows"
   fi
-  run "$PYTHON" -m converters.sft_jsonl "$sft_rows" "$DATA_DIR/sft-rows.jsonl" --audio-root "$audio_root" \
-    --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
+  common=(--audio-root "$audio_root" --model "$base_model")
+  [[ "$FOLLOW_LINKS" == false ]] || common+=(--follow-links)
+  run "$PYTHON" -m converters.sft_jsonl "$sft_rows" "$DATA_DIR/sft-rows.jsonl" "${common[@]}" --mode "$SFT_MODE" \
+    --seed "$SEED" --without-think "$SFT_WITHOUT_THINK"
   # Held rows for the loss that SFT evaluates; none where they have no reasoning.
-  run "$PYTHON" -m converters.sft_jsonl "$val_rows" "$DATA_DIR/sft-val-rows.jsonl" --audio-root "$audio_root" \
-    --model "$base_model" --mode "$SFT_MODE" --seed "$SEED" --without-think "${SFT_WITHOUT_THINK/refuse/skip}"
-  run "$PYTHON" -m converters.rl_parquet "$rl_rows" "$DATA_DIR/rl.parquet" --audio-root "$audio_root" \
-    --model "$base_model" --mode "$RL_MODE"
-  run "$PYTHON" -m converters.rl_parquet "$val_rows" "$DATA_DIR/val.parquet" --audio-root "$audio_root" \
-    --model "$base_model" --mode "$RL_MODE"
+  run "$PYTHON" -m converters.sft_jsonl "$val_rows" "$DATA_DIR/sft-val-rows.jsonl" "${common[@]}" --mode "$SFT_MODE" \
+    --seed "$SEED" --without-think "${SFT_WITHOUT_THINK/refuse/skip}"
+  run "$PYTHON" -m converters.rl_parquet "$rl_rows" "$DATA_DIR/rl.parquet" "${common[@]}" --mode "$RL_MODE"
+  run "$PYTHON" -m converters.rl_parquet "$val_rows" "$DATA_DIR/val.parquet" "${common[@]}" --mode "$RL_MODE"
 }
 
 stage_data() {

@@ -277,7 +277,9 @@ def _events(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _audio(row: Mapping[str, Any], root: Path | None, benchmark: str | None = None) -> tuple[Path | None, str | None]:
+def _audio(
+    row: Mapping[str, Any], root: Path | None, benchmark: str | None = None, follow_links: bool = False
+) -> tuple[Path | None, str | None]:
     """The file that a row names, the first where there are several, or why there is none."""
     if benchmark in BENCHMARKS:
         name = BENCHMARKS[benchmark].read(row).audio
@@ -291,7 +293,7 @@ def _audio(row: Mapping[str, Any], root: Path | None, benchmark: str | None = No
     if root is None:
         return None, f"{name}: give --audio-root, the folder that it starts from"
     try:
-        return resolve_path(root, name), None
+        return resolve_path(root, name, follow_links), None
     except AudioError as error:
         return None, str(error)
 
@@ -310,7 +312,7 @@ def _prediction_set(file: Path, name: str, limit: int, audio_root: Path | None, 
         text = _text(row.get("model_response"))
         failed = row.get("stop_reason") == "error"
         segments = _named(row, text)
-        audio, problem = _audio(row, root, predicted.benchmark)
+        audio, problem = _audio(row, root, predicted.benchmark, bool(sidecar and sidecar.get("follow_links")))
         rows.append(
             Row(
                 key=str(row["id"]),

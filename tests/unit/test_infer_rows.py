@@ -18,10 +18,11 @@ import soundfile
 from misbehaving_server import Answer, Failure, Request, misbehaving_server, refusal
 from typer.testing import CliRunner
 
+from echo_plugins.audio import AudioError
 from echo_plugins.relisten.trajectory import StopReason
 from eval import infer
-from eval.benchmarks import AUDIO_QA, BenchmarkError, Item, load_questions
-from eval.engine import EngineDied, Outcome, Question, Sampling
+from eval.benchmarks import AUDIO_QA, BenchmarkError, Item, audio_problem, load_questions
+from eval.engine import EngineDied, Outcome, Question, Sampling, load_sound
 from eval.fleet import MAX_DEATHS, Start, Task, answer_all
 from eval.infer import Selection, prediction, question_of, read_ids, shuffled
 from eval.predictions import read_rows, run_path
@@ -66,6 +67,19 @@ def test_a_question_of_several_clips_names_them_all() -> None:
     item = Item("a", ("x.wav", "y.wav", "z.wav"), "?", ("b",), "b", {"id": "a"})
     question = question_of(item, Path("/data"))
     assert (question.audio, question.more_audio) == ("x.wav", ("y.wav", "z.wav"))
+
+
+def test_links_out_of_the_root_are_heard_when_told_so(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    soundfile.write(tmp_path / "1f.wav", np.zeros(16_000), 16_000)
+    (root / "a.wav").symlink_to("../1f.wav")
+    item = Item("a", ("a.wav", "a.wav"), "?", ("b",), "b", {"id": "a"})
+    assert "--follow-links" in str(audio_problem(item, root)) and audio_problem(item, root, follow_links=True) is None
+    with pytest.raises(AudioError, match="leaves the audio root"):
+        load_sound(question_of(item, root))
+    waveform, _ = load_sound(question_of(item, root, follow_links=True))
+    assert len(waveform) > 32_000
 
 
 def test_a_forced_answer_is_marked_in_its_row() -> None:
