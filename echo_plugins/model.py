@@ -7,11 +7,13 @@ for_vllm.py. Give recipes/tiny-cpu/tiny_omni.py a builder for a random tiny chec
 it. No other file names a family; where one would have to, the table lacks a field.
 
     python -m echo_plugins.model DIR FIELD    # a field of the entry of the model in DIR, for the scripts
+    python -m echo_plugins.model DIR lora_modules REGEX    # what an adapter is put on, by full names; lora_experts too
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,6 +193,41 @@ def max_audio_seconds(model_dir: str | Path) -> float:
     return min(hears, family.window_seconds) if family.clip_end == "silence" else float(family.window_seconds)
 
 
+def lora_modules(model_dir: str | Path, pattern: str) -> list[str]:
+    """The full names of the checkpoint's layers that match `pattern` from end to end.
+
+    Names, because PEFT 0.20 takes of a pattern only the ends of what it matches where a model has experts. The audio
+    tower and the talker have layers of the same ends (transformers_weight_conversion.py:355).
+    """
+    layers = (name.removesuffix(".weight") for name in _weight_names(Path(model_dir)) if name.endswith(".weight"))
+    return sorted(layer for layer in layers if re.fullmatch(pattern, layer))
+
+
+def lora_experts(model_dir: str | Path) -> list[str]:
+    """The full names of `lora_parameters` in the language model, as transformers holds them: one tensor a layer."""
+    family = family_of(model_dir)
+    layers = {
+        match[1]
+        for name in _weight_names(Path(model_dir))
+        if (match := re.match(r"(thinker\.model\.layers\.\d+)\.mlp\.experts\.", name))
+    }
+    return sorted(f"{layer}.{parameter}" for layer in layers for parameter in family.lora_parameters)
+
+
+def _weight_names(model_dir: Path) -> set[str]:
+    """Of every tensor in the checkpoint's safetensors files."""
+    index = _read_json(model_dir / "model.safetensors.index.json")
+    if index is not None:
+        return set(index["weight_map"])
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in model_dir.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            names.update(file.keys())
+    return names
+
+
 def _feature_extractor(model_dir: str | Path) -> dict[str, Any]:
     """The configuration of the checkpoint's feature extractor, with its hop_length."""
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -211,10 +248,15 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def main(argv: list[str]) -> int:
-    """Print a field of the model's entry; of a field with several values, one a line."""
-    model_dir, field = argv
+    """Print a field of the model's entry, or the names that an adapter is put on; of several values, one a line."""
+    model_dir, field, *pattern = argv
     try:
-        value = getattr(family_of(model_dir), field)
+        if field == "lora_modules":
+            value: Any = tuple(lora_modules(model_dir, pattern[0]))
+        elif field == "lora_experts":
+            value = tuple(lora_experts(model_dir))
+        else:
+            value = getattr(family_of(model_dir), field)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

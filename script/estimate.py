@@ -65,11 +65,13 @@ class ModelError(ValueError):
 @dataclass(frozen=True)
 class Model:
     """What the arithmetic needs of a model directory. `parameters` by part: text, audio, vision, other. `lora_width`
-    is the sum of rows and columns of the matrices that LoRA adapts, those of the text layers."""
+    is the sum of rows and columns of the matrices that LoRA adapts, and `expert_width` that of the experts, which it
+    adapts with SFT_LORA_EXPERTS."""
 
     parameters: Mapping[str, int]
     weight_bytes: int
     lora_width: int
+    expert_width: int
     hidden_size: int
     layers: int
     ffn_size: int
@@ -89,15 +91,29 @@ class Model:
 
     def trained(self, settings: Settings) -> int:
         """Parameters that stage 1 trains: the text model, or with it the audio tower, or LoRA's matrices beside each
-        matrix of the text layers (rank x (rows + columns), Hu et al. 2021)."""
+        matrix that it adapts (rank x (rows + columns), Hu et al. 2021)."""
         if settings["SFT_TUNER"] == "lora":
-            return settings.whole("SFT_LORA_RANK") * self.lora_width
+            experts = self.expert_width if settings.on("SFT_LORA_EXPERTS") else 0
+            return settings.whole("SFT_LORA_RANK") * (self.lora_width + experts)
         return self.text + (0 if settings.on("SFT_FREEZE_AUDIO") else self.parameters.get("audio", 0))
 
 
 PARTS = {"thinker.audio_tower.": "audio", "thinker.visual.": "vision", "thinker.": "text"}  # by the tensor's name
-# Not the experts: transformers makes them one parameter a layer, and LoRA adapts linear layers alone.
 LORA_ADAPTS = re.compile(r"thinker\.model\.layers\.\d+\.(?!mlp\.experts).*_proj\.weight$")
+EXPERT = re.compile(r"thinker\.model\.layers\.\d+\.mlp\.experts\.")
+
+
+def expert_width(name: str, shape: Sequence[int]) -> int:
+    """What a tensor of a checkpoint adds to the rows and columns of the matrices that an adapter of the experts has.
+
+    transformers fuses gate and up into one matrix, so both share its columns. A checkpoint may hold all experts of a
+    layer in one tensor.
+    """
+    if not EXPERT.match(name):
+        return 0
+    if len(shape) == 3:
+        return shape[0] * (shape[1] + shape[2])
+    return shape[0] if name.endswith(".up_proj.weight") else sum(shape)
 
 
 def read_model(folder: Path) -> Model:
@@ -112,7 +128,7 @@ def read_model(folder: Path) -> Model:
         what = f"lacks {len(missing)} of its {len(files)} files of weights, {missing[0].name} for one" if files else ""
         raise ModelError(f"{folder} {what or 'has no safetensors files'}. Download it again, or correct BASE_MODEL.")
     parameters: Counter[str] = Counter()
-    lora_width = 0
+    lora_width = experts_width = 0
     for path in files:
         try:
             with safe_open(path, "numpy") as file:
@@ -123,12 +139,13 @@ def read_model(folder: Path) -> Model:
             part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "other")
             parameters[part] += math.prod(shape)
             lora_width += sum(shape) if LORA_ADAPTS.match(name) else 0
+            experts_width += expert_width(name, shape)
     config = json.loads((folder / "config.json").read_text())
     text = config.get("thinker_config", config).get("text_config", {})
     experts = text.get("num_experts_per_tok")
     ffn_size = experts * text.get("moe_intermediate_size", 0) if experts else text.get("intermediate_size", 0)
     sizes = (text.get("hidden_size", 0), text.get("num_hidden_layers", 0), ffn_size, text.get("vocab_size", 0))
-    return Model(parameters, sum(file.stat().st_size for file in files), lora_width, *sizes)
+    return Model(parameters, sum(file.stat().st_size for file in files), lora_width, experts_width, *sizes)
 
 
 @dataclass(frozen=True)
@@ -216,7 +233,8 @@ def sft(model: Model, settings: Settings, rows: int | None) -> Estimate:
     stays = num_kept(steps, every, limit) * (checkpoint if settings.on("SFT_KEEP_OPTIMIZER") else slim)
     stays += model.total * width if lora else 0
     peak = max(num_kept(steps, every, limit + 1) * checkpoint, stays)
-    basis = f"{'LoRA' if lora else 'full'}, {model.total / 1e9:.3g} B parameters, {trained / 1e9:.3g} B trained, "
+    basis = f"{'LoRA' if lora else 'full'}, {model.total / 1e9:.3g} B parameters, {trained / 1e9:.3g} B trained "
+    basis += f"({trained / model.total:.2%}), "
     basis += f"{settings['SFT_DTYPE']}, {zero or 'no DeepSpeed'}, {tokens:,} tokens at once; "
     basis += f"a checkpoint {checkpoint / GB:.3g} GB"
     return Estimate("sft", basis, gpu, host, peak, stays, steps)

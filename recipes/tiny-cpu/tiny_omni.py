@@ -450,6 +450,13 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
     )
 
 
+def fill_what_transformers_leaves(model: torch.nn.Module, standard_deviation: float) -> None:
+    """Fill the fused experts of the talker: transformers 5 leaves them as whatever was in memory, NaN included."""
+    for name, parameter in model.named_parameters():
+        if name.startswith("talker.") and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            torch.nn.init.normal_(parameter, std=standard_deviation)
+
+
 def build(args: argparse.Namespace) -> Any:
     """Write the checkpoint into args.output, whole or not at all, and return the model."""
     torch.manual_seed(args.seed)
@@ -460,7 +467,9 @@ def build(args: argparse.Namespace) -> Any:
     # Where the Trainer looks for them: without these it reports that the tokenizer's differ, and sets them itself.
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.architectures = [family.model_class]
-    model = getattr(transformers, family.model_class)(config).to(getattr(torch, args.dtype))
+    model = getattr(transformers, family.model_class)(config)
+    fill_what_transformers_leaves(model, args.initializer_range)
+    model = model.to(getattr(torch, args.dtype))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )

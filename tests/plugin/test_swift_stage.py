@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import (
     AutoProcessor,
     Qwen2_5OmniForConditionalGeneration,
@@ -21,6 +22,10 @@ from converters.sft_jsonl import main as sft_jsonl
 from echo_plugins.model import family_of
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "script"))
+
+from estimate import Settings, read_model  # noqa: E402
+
 SETTINGS = {
     "DEVICE": "cpu",
     "SFT_DTYPE": "float32",
@@ -152,15 +157,20 @@ def test_the_audio_tower_stays_as_it_is_by_default(omni_model: Path, rows_file: 
     assert bool(experts) == family_of(omni_model).moe
 
 
-def lora_reaches(model: Path) -> set[str]:
-    """With experts in the model PEFT takes only the ends of the names of the targets, and the audio tower's q, k and v
-    have the same. Closed upstream: the language model alone."""
-    return {"thinker.model", "thinker.audio_tower"} if family_of(model).moe else {"thinker.model"}
+def rank_of(adapter: Path) -> int:
+    return json.loads((adapter.parent / "adapter_config.json").read_text())["r"]
+
+
+def num_parameters(adapter: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(adapter).values())
 
 
 def test_lora_leaves_a_merged_model(omni_model: Path, rows_file: Path, tmp_path: Path) -> None:
     train(omni_model, rows_file, tmp_path, SFT_MAX_STEPS="1", SFT_TUNER="lora")
-    assert changed(weights(omni_model), weights(tmp_path / "last")) == lora_reaches(omni_model)
+    assert changed(weights(omni_model), weights(tmp_path / "last")) == {"thinker.model"}
+    (adapter,) = tmp_path.glob("checkpoint-*/adapter_model.safetensors")
+    settings = Settings(SFT_TUNER="lora", SFT_LORA_RANK=str(rank_of(adapter)))
+    assert read_model(omni_model).trained(settings) == num_parameters(adapter), "pre-flight counts what is trained"
     assert {path.name for path in omni_model.glob("spk_dict.pt")} <= {path.name for path in tmp_path.glob("last/*")}
     AutoProcessor.from_pretrained(tmp_path / "last")
 
@@ -168,6 +178,9 @@ def test_lora_leaves_a_merged_model(omni_model: Path, rows_file: Path, tmp_path:
 def test_lora_of_experts_is_merged_too(tiny_qwen3: Path, rows_file: Path, tmp_path: Path) -> None:
     train(tiny_qwen3, rows_file, tmp_path, SFT_MAX_STEPS="1", SFT_TUNER="lora", SFT_LORA_EXPERTS="true")
     before, after = weights(tiny_qwen3), weights(tmp_path / "last")
-    assert changed(before, after) == lora_reaches(tiny_qwen3)
+    assert changed(before, after) == {"thinker.model"}
     experts = [name for name in before if name.startswith("thinker.model.") and ".experts." in name]
     assert experts and all(not torch.equal(before[name], after[name]) for name in experts)
+    (adapter,) = tmp_path.glob("checkpoint-*/adapter_model.safetensors")
+    settings = Settings(SFT_TUNER="lora", SFT_LORA_RANK=str(rank_of(adapter)), SFT_LORA_EXPERTS="true")
+    assert read_model(tiny_qwen3).trained(settings) == num_parameters(adapter), "pre-flight counts what is trained"
