@@ -107,6 +107,8 @@ CHECKED_ELSEWHERE = (
     "SFT_LORA_TARGETS",
     "RL_LORA_TARGETS",
     "RL_ARGS",
+    "JUDGE_URL",
+    "JUDGE_MODEL",
     "BENCHMARKS",
 )
 # The other settings are numbers: whole ones from 1 where the default is whole or empty, otherwise any above 0.
@@ -406,7 +408,7 @@ def missing_places(settings: Settings, run_dir: Path, stages: Sequence[str]) -> 
 
 
 def benchmarks(settings: Settings, stages: Sequence[str]) -> Problems:
-    """Benchmarks whose files are not there."""
+    """Benchmarks whose files are not there and that no stage makes."""
     from eval.benchmarks import BENCHMARKS
 
     none = "BENCHMARKS= means none."
@@ -415,6 +417,8 @@ def benchmarks(settings: Settings, stages: Sequence[str]) -> Problems:
         if not (known := BENCHMARKS.get(name)):
             cure = f"They are {', '.join(BENCHMARKS)}; {none}{nearest(name, BENCHMARKS)}"
             yield Problem(f"BENCHMARKS names '{name}'", cure)
+        elif "data" in stages and settings["RUN_DIR"] and root.is_relative_to(settings["RUN_DIR"]):
+            continue
         elif not any((root / file).is_file() for file in known.files):
             text = f"BENCHMARKS names {name}, and {root} has no {known.files[0]}"
             yield Problem(text, f"Get {known.get_it}; or leave it out: {none}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The chain, shared by every recipe: recipes/NAME/run.sh sources this file and calls `main "$@"`. A recipe may define
-# make_audio_qa and make_base_model, and point the lower-case places below at what they make.
+# make_audio_qa, make_base_model and start_judge, and point the lower-case places below at what they make.
 # The user's variables, in capitals, are read and never assigned.
 set -euo pipefail
 
@@ -32,6 +32,7 @@ RECIPE_SETTINGS=()  # learned settings of the recipe's data stage that script/se
 # Where things are. One manifest for everything is split: EVAL_HOLDOUT rows for the scores, the rest for training.
 base_model="${BASE_MODEL:-}"
 audio_root="${AUDIO_ROOT:-}"
+judge_url="${JUDGE_URL:-}"
 if [[ -n "${AUDIO_QA:-}" ]]; then
   sft_audio_qa="$DATA_DIR/train.jsonl" rl_audio_qa="$DATA_DIR/train.jsonl"
   val_audio_qa="$DATA_DIR/test.jsonl" eval_audio_qa="$DATA_DIR/test.jsonl"
@@ -65,6 +66,7 @@ USAGE
 
 make_audio_qa() { :; }
 make_base_model() { :; }
+start_judge() { :; }
 
 prepare_data() {
   local rl_rows="$rl_audio_qa" val_rows="$val_audio_qa" sft_rows="$sft_audio_qa" common
@@ -216,6 +218,7 @@ stage_score() {
       if [[ "$DRY_RUN" == 1 ]]; then run "${command[@]}"; else "${command[@]}" > "$rows.txt"; fi
     done
   done
+  score_reasoning
   command=("$PYTHON" -m eval.report "$RUN_DIR" --output "$RUN_DIR/report.html")
   if [[ "$DRY_RUN" == 1 ]]; then
     run "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
@@ -224,6 +227,21 @@ stage_score() {
     "${command[@]}" >&2
     "$PYTHON" "$ROOT/script/summary.py" "$RUN_DIR"
   fi
+}
+
+# How a model reasoned, where a benchmark has rubrics and there is a judge: the challenge's three numbers and its submission.
+score_reasoning() {
+  local mode folder="$EVAL_DIR/mmar/rubric"
+  [[ " $BENCHMARKS " == *" mmar "* ]] || return 0
+  start_judge
+  [[ -n "$judge_url" ]] || { note "score: no JUDGE_URL, so the reasoning is not judged (Rubrics, CRS)"; return; }
+  [[ "$DRY_RUN" == 1 ]] || mkdir -p "$folder"
+  for mode in $EVAL_MODES; do
+    run "$PYTHON" -m eval.rubric "$EVAL_DIR/mmar/$mode.jsonl" --rubrics "$BENCHMARK_ROOT/mmar/MMAR-meta.jsonl" \
+      --judge-url "$judge_url" --judge-model "$JUDGE_MODEL" --json "$folder/$mode.json" \
+      --rows "$folder/$mode.judgements.jsonl" --submission "$folder/$mode.submission.jsonl" \
+      --journal "$folder/$mode.journal.jsonl"
+  done
 }
 
 # What is wrong is said before it costs. Takes the stages that are to run.

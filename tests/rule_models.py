@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from misbehaving_server import (
@@ -27,9 +29,10 @@ from misbehaving_server import (
     thinking,
 )
 
-LABELS = ("bell", "hum", "whistle", "siren", "buzzer", "warble", "hiss", "speech", "knock", "rain")
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
-_EVENT = re.compile(r"^- (.+): ([0-9.]+), ([0-9.]+)$", re.MULTILINE)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "cogito-tiny"))
+
+from rule_server import digest, draft
+
 _USAGE = {"prompt_tokens": 200, "completion_tokens": 60}
 
 TROUBLES: tuple[Behaviour, ...] = (
@@ -42,10 +45,6 @@ TROUBLES: tuple[Behaviour, ...] = (
     Dropped(after_bytes=20),
     Hang(30),
 )
-
-
-def digest(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
 def text_of(request: Request) -> str:
@@ -122,26 +121,3 @@ class RuleModels:
         mark = digest(text)
         reasoning = {"reasoning": "no" if mark % 5 == 0 else "yes"} if "The reasoning shown" in text else {}
         return {"question": "no" if mark % 7 == 0 else "yes", **reasoning, "why": "by rule"}
-
-
-def draft(text: str, turn: int = 0) -> dict[str, Any]:
-    """A question about the order of the events that the prompt lists, reasoned with their times."""
-    events = [(label, float(start), float(end)) for label, start, end in _EVENT.findall(text)]
-    if not events:
-        events = [("bell", 0.0, 0.5)]
-    index = (digest(text) + turn) % len(events)
-    label = events[index][0]
-    heard = [name for name, _, _ in events if name != label]
-    others = list(dict.fromkeys([*heard, *(name for name in LABELS if name != label)]))[:3]
-    parts = [
-        f"in <seg>{start:.2f}, {end:.2f}</seg> there is the sound of a {name}, clear over the noise"
-        for name, start, end in events[: index + 1]
-    ]
-    think = "Going through it in order, " + ", then ".join(parts) + f"; so the sound asked for is the {label}."
-    return {
-        "question": f"Which sound comes {ORDINALS[index % len(ORDINALS)]}, if each is taken in the order of its start?",
-        "choices": [label, *others],
-        "answer": label,
-        "think": think,
-        "skill": "order",
-    }
