@@ -1,12 +1,16 @@
-"""vLLM 0.24.0 makes the features of an Omni model as training makes them: for verl's server and for eval/engine.py."""
+"""What vLLM 0.24.0 lacks for re-listening, for verl's server and for eval/engine.py: it makes the features of an Omni
+model as training makes them, takes a prompt that ends in a clip, and hears a short clip as training does."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import torch
 from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerProcessingInfo
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
+    Qwen3OmniMoeAudioEncoder,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3OmniMoeThinkerMultiModalProcessor,
     Qwen3OmniMoeThinkerProcessingInfo,
 )
@@ -35,6 +39,62 @@ def leave_clips_as_they_are() -> None:
     without that."""
     if "_call_hf_processor" in vars(Qwen3OmniMoeThinkerMultiModalProcessor):
         del Qwen3OmniMoeThinkerMultiModalProcessor._call_hf_processor
+
+
+@functools.cache
+def hear_short_clips_as_beside_longer_ones() -> None:
+    """The audio tower of Qwen3-Omni cuts clips into chunks of a second and pads all chunks to the longest of its call
+    (qwen3_omni_moe_thinker.py:470, transformers' `chunk_and_pad_features` too). Its convolutions carry the padding into
+    the last tokens, so a clip under a second sounds different alone: log-probs differ by up to 2e-4 in the tiny model.
+    Training hears it beside the question's sound. vLLM hears it alone, so here a chunk of silence goes beside it.
+
+    Training still differs where every clip of a micro-batch is under a second. In vLLM's worker process.
+    """
+    tower: Any = Qwen3OmniMoeAudioEncoder
+    original = tower.forward
+
+    @functools.wraps(original)
+    def forward(
+        self: Any, input_features: torch.Tensor, feature_lens: torch.Tensor, aftercnn_lens: torch.Tensor
+    ) -> torch.Tensor:
+        chunk = 2 * self.n_window
+        if int(feature_lens.max()) >= chunk:
+            return original(self, input_features, feature_lens, aftercnn_lens)
+        silence = input_features.new_zeros(input_features.shape[0], chunk)
+        added = feature_lens.new_tensor([chunk])
+        heard = original(
+            self,
+            torch.cat([input_features, silence], 1),
+            torch.cat([feature_lens, added]),
+            torch.cat([aftercnn_lens, self._get_cnn_output_lengths(added).to(aftercnn_lens)]),
+        )
+        return heard[: int(aftercnn_lens.sum())]
+
+    tower.forward = forward
+
+
+@functools.cache
+def take_prompts_that_end_in_a_clip() -> None:
+    """qwen3_omni_moe_thinker.py:2259 counts the position of a clip's start twice, and of the token after its end never.
+    A prompt that ends in a clip, as each turn after a segment does, then has one position too many, and the engine dies
+    ("Position ids length mismatch"). Positions of text and sound without pictures count from 0, as transformers'
+    `get_rope_index` has them. In vLLM's worker process."""
+    model: Any = Qwen3OmniMoeThinkerForConditionalGeneration
+    original = model.get_mrope_input_positions
+
+    @functools.wraps(original)
+    def get_mrope_input_positions(self: Any, input_tokens: Any, mm_features: Any) -> tuple[torch.Tensor, int]:
+        if all(feature.modality == "audio" for feature in mm_features):
+            return torch.arange(len(input_tokens)).repeat(3, 1), 0
+        return original(self, input_tokens, mm_features)
+
+    model.get_mrope_input_positions = get_mrope_input_positions
+
+
+def mend_worker() -> None:
+    """All that vLLM's worker process needs. Its extensions call it as they are imported."""
+    take_prompts_that_end_in_a_clip()
+    hear_short_clips_as_beside_longer_ones()
 
 
 @functools.cache

@@ -279,6 +279,8 @@ class Engine:
         if num_samples > self._max_samples:
             limit, seconds = self._max_samples / audio.SAMPLING_RATE, num_samples / audio.SAMPLING_RATE
             raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
+        if not self.count_audio_tokens(num_samples):
+            raise ValueError(f"the clip is too short: it has {num_samples} samples at 16 kHz")
         check_text(question)
         prompt = self.prompt_ids(question, sampling.mode)
         num_tokens = len(expand_placeholders(prompt, self.ids.audio, [self.count_audio_tokens(num_samples)]))

@@ -1,4 +1,5 @@
-"""What eval's engine has vLLM's worker load: it ends with its client, and samples nothing that is banned."""
+"""What eval's engine has vLLM's worker load: it ends with its client, hears clips as training does, and samples nothing
+that is banned."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 
 from echo_plugins.end_with_client import end_with_client
+from echo_plugins.for_vllm import mend_worker
+
+mend_worker()
 
 
 class WorkerExtension:

@@ -109,7 +109,7 @@ optimizer_state() {
   find "$1" -maxdepth 1 '(' -name 'optimizer*' -o -name 'global_step*' -o -name 'rng_state*' -o -name 'scheduler.pt' ')'
 }
 
-RESUME=() CHECKPOINT=''
+RESUME=() CHECKPOINT='' START="$MODEL"
 if [[ "$DRY_RUN" != 1 ]]; then
   lock "$OUTPUT_DIR"
   CHECKPOINT="$(last_checkpoint)"
@@ -182,6 +182,9 @@ if [[ -n "$CHECKPOINT" ]]; then
   else
     note "going on from step $STEP of $STEPS: $CHECKPOINT"
     RESUME=(--resume_from_checkpoint "$CHECKPOINT")
+    # transformers' Trainer loads a checkpoint's weights by their names in the file, and leaves without a word what has
+    # another name in memory: experts, which are fused there. So the weights come as those of a model do.
+    [[ "$SFT_TUNER" == lora ]] || START="$CHECKPOINT"
   fi
 fi
 
@@ -191,7 +194,7 @@ mapfile -t REPORT_TO < <(printf '%s\n' "${TRACKERS_LIST[@]}" | sort -u)
 
 train() {
   run "${LAUNCHER[@]}" "${ENVIRONMENT[@]}" "WANDB_MODE=${WANDB_MODE:-offline}" "WANDB_DIR=$OUTPUT_DIR" "$(dirname "$PYTHON")/swift" sft \
-    --model "$MODEL" \
+    --model "$START" \
     --external_plugins "$ROOT/echo_plugins/for_swift/plugin.py" \
     --dataset "$ROWS" \
     --strict true \

@@ -125,6 +125,7 @@ rollout=(
   actor_rollout_ref.rollout.agent.default_agent_loop=relisten
   actor_rollout_ref.rollout.agent.num_workers="$RL_AGENT_WORKERS"
   "+actor_rollout_ref.rollout.engine_kwargs.vllm.limit_mm_per_prompt={audio: $((MAX_SEGMENTS + 1)), image: $IMAGES, video: 0}"
+  +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=echo_plugins.for_verl.vllm_worker.WorkerExtension
   +echo.mode="$RL_MODE" +echo.max_segments="$MAX_SEGMENTS" +echo.min_segment_seconds="$MIN_SEGMENT_SECONDS"
   +echo.straddle="$STRADDLE" +echo.rollout_timeout_seconds="$RL_TIMEOUT" +echo.max_failed_share="$RL_MAX_FAILED"
   +echo.keep_best="$RL_KEEP_BEST"
@@ -175,7 +176,6 @@ if [[ "$DEVICE" == cpu ]]; then
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16
     +actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32
     +actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=uni
-    +actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=echo_plugins.for_verl.vllm_worker.CPUWorkerExtension
     actor_rollout_ref.rollout.agent.num_workers=1
   )
   reward+=(reward.num_workers=1)

@@ -36,8 +36,8 @@ def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 @pytest.fixture(scope="session")
 def tiny_model(make_tiny_model: Callable[[str], Path]) -> Path:
-    """Of Qwen2.5-Omni."""
-    return make_tiny_model("qwen2_5_omni")
+    """Of Qwen2.5-Omni, or of the family that ECHO_TEST_FAMILY names."""
+    return make_tiny_model(os.environ.get("ECHO_TEST_FAMILY", FAMILIES[0]))
 
 
 @pytest.fixture(scope="session")

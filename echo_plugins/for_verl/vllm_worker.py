@@ -1,6 +1,6 @@
-"""The extension that vLLM's worker process loads on a machine without an accelerator:
+"""The extension that vLLM's worker process loads:
 
-+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=echo_plugins.for_verl.vllm_worker.CPUWorkerExtension
++actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=echo_plugins.for_verl.vllm_worker.WorkerExtension
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import vllm._custom_ops
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.platforms import current_platform
+
+from ..for_vllm import mend_worker
 
 
 def keep_linear_weights() -> None:
@@ -42,10 +45,12 @@ def activate_experts_without_a_config() -> None:
     cpu_fused_moe._CPU_MOE_ACT_FN[MoEActivation.SILU] = silu_and_mul
 
 
-keep_linear_weights()
-keep_expert_weights()
-activate_experts_without_a_config()
+mend_worker()
+if current_platform.is_cpu():
+    keep_linear_weights()
+    keep_expert_weights()
+    activate_experts_without_a_config()
 
 
-class CPUWorkerExtension(vLLMColocateWorkerExtension):
+class WorkerExtension(vLLMColocateWorkerExtension):
     """verl's own extension; importing this module is what matters."""

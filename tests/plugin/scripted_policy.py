@@ -20,6 +20,8 @@ import torch
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 
+from echo_plugins.model import family_of
+
 VARIABLE = "ECHO_TEST_SCRIPTS"
 ASSISTANT = "<|im_start|>assistant\n"
 
@@ -31,11 +33,12 @@ def scripts_in_force(folder: Path, tokenizer: Any, scripts: Mapping[str, list[in
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
+    family = family_of(tokenizer.name_or_path)
     file = folder / "scripts.json"
     content = {
         "assistant": encode(ASSISTANT),
-        "bos": tokenizer.convert_tokens_to_ids("<|audio_bos|>"),
-        "eos": tokenizer.convert_tokens_to_ids("<|audio_eos|>"),
+        "bos": tokenizer.convert_tokens_to_ids(family.audio_bos_token),
+        "eos": tokenizer.convert_tokens_to_ids(family.audio_eos_token),
         "end": tokenizer.eos_token_id,
         "scripts": [[encode(f" script {name}"), ids] for name, ids in scripts.items()],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ from verl_rollout import relisten_loop
 
 import echo_plugins.for_verl.dataset as dataset
 from echo_plugins.for_verl.trainer import EchoTrainer, relisten_metrics, trajectory_row
-from echo_plugins.model import QWEN2_5_OMNI
+from echo_plugins.model import QWEN2_5_OMNI, QWEN3_OMNI, family_of, max_audio_seconds
 from echo_plugins.relisten.trajectory import StopReason
 
 SECONDS = 4.0
 LISTEN = "<think>there <seg>0.50, 1.50</seg>"
 ANSWER = " it is</think><answer>B</answer><|im_end|>"
+# Audio tokens of the whole sound, of the clip in LISTEN and of half a second
+TOKENS = {QWEN2_5_OMNI: (50, 12, 6), QWEN3_OMNI: (52, 13, 7)}
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +75,14 @@ class Rollout:
     def __init__(
         self, model: Path, processor: Any, audio: Any, script: list[Any], logprobs: bool = True, **echo: Any
     ) -> None:
-        self.tokenizer = processor.tokenizer
+        self.tokenizer, self.family = processor.tokenizer, family_of(model)
         self.server = ScriptedServer(self.tokenizer, script)
         lengths = {"prompt_length": echo.pop("prompt_length", 400), "response_length": 300}
         loop = relisten_loop(model, processor, self.server, lengths, echo)
         question = {"type": "text", "text": "Which sound?"}
         content = [question] if audio is None else [{"type": "audio", "audio": audio}, question]
         self.row = {"raw_prompt": [{"role": "user", "content": content}], "global_steps": 8, "index": 5}
-        self.audio_id = QWEN2_5_OMNI.special_ids(self.tokenizer, model).audio
+        self.audio_id = self.family.special_ids(self.tokenizer, model).audio
         self.output: AgentLoopOutput = asyncio.run(loop.run({"temperature": 1.0, "logprobs": logprobs}, **self.row))
         self.fields = self.output.extra_fields
 
@@ -107,7 +110,9 @@ def test_a_named_segment_is_heard_and_the_engine_goes_on_in_the_same_session(rol
     assert np.shares_memory(source, clip) and np.array_equal(clip, source[8_000:24_000])
     # the engine gets one placeholder a clip, the trainer as many as the clip has tokens
     assert rollout.runs(second["prompt_ids"]) == [1, 1]
-    assert rollout.runs(rollout.output.prompt_ids) == [50] and rollout.runs(rollout.output.response_ids) == [12]
+    source_tokens, clip_tokens, _ = TOKENS[rollout.family]
+    assert rollout.runs(rollout.output.prompt_ids) == [source_tokens]
+    assert rollout.runs(rollout.output.response_ids) == [clip_tokens]
     assert first["sampling_params"]["max_tokens"] == 300
     assert second["sampling_params"]["max_tokens"] == 300 - len(rollout.output.response_ids) + len(
         rollout.tokenizer.encode(ANSWER)
@@ -117,23 +122,25 @@ def test_a_named_segment_is_heard_and_the_engine_goes_on_in_the_same_session(rol
 def test_no_placeholder_of_media_can_be_sampled(roll_out: Any) -> None:
     rollout = roll_out([ANSWER])
     bias = rollout.server.calls[0]["sampling_params"]["logit_bias"]
-    assert set(bias) == {rollout.tokenizer.convert_tokens_to_ids(token) for token in QWEN2_5_OMNI.banned_tokens}
+    assert set(bias) == {rollout.tokenizer.convert_tokens_to_ids(token) for token in rollout.family.banned_tokens}
     assert set(bias.values()) == {-100.0}
 
 
 def test_ids_mask_and_log_probs_are_the_engines_own_around_the_observation(roll_out: Any) -> None:
-    output = roll_out([LISTEN, ANSWER]).output
+    rollout = roll_out([LISTEN, ANSWER])
+    output = rollout.output
     assert len(output.response_ids) == len(output.response_mask) == len(output.response_logprobs)
     sampled = [value for value, mask in zip(output.response_logprobs, output.response_mask, strict=True) if mask]
     observed = [value for value, mask in zip(output.response_logprobs, output.response_mask, strict=True) if not mask]
     assert sampled == [-float(position + 1) for position in range(len(sampled))]
-    assert observed == [0.0] * 14  # audio_bos, 12 of audio, audio_eos
+    assert observed == [0.0] * (1 + TOKENS[rollout.family][1] + 1)  # audio_bos, audio, audio_eos
 
 
 def test_features_are_those_of_every_clip_and_reach_the_actor_through_verls_worker(
     roll_out: Any, processor: Any
 ) -> None:
-    output = roll_out([LISTEN, " and <seg>2.00, 2.50</seg>", ANSWER]).output
+    rollout = roll_out([LISTEN, " and <seg>2.00, 2.50</seg>", ANSWER])
+    output = rollout.output
     worker: Any = SimpleNamespace(
         processor=processor,
         tokenizer=processor.tokenizer,
@@ -143,7 +150,7 @@ def test_features_are_those_of_every_clip_and_reach_the_actor_through_verls_work
     inputs = AgentLoopWorker._compute_multi_modal_inputs(worker, output, ids)
     assert set(inputs) == {"audio_frames", "audio_num_frames"}
     frames = inputs["audio_num_frames"].tolist()
-    assert [QWEN2_5_OMNI.tokens_of_frames(count) for count in frames] == [50, 12, 6]
+    assert [rollout.family.tokens_of_frames(count) for count in frames] == list(TOKENS[rollout.family])
     assert len(inputs["audio_frames"]) == sum(frames), "no padding"
     positions = AgentLoopWorker._compute_position_ids(worker, ids[None], torch.ones_like(ids)[None], inputs)
     assert positions.shape == (1, 4, len(ids)) and bool((positions == torch.arange(len(ids))).all())
@@ -195,20 +202,22 @@ def unreadable(folder: Path) -> str:
         ([], {"audio": "/nowhere.wav"}, "AudioError: /nowhere.wav: No such file"),
         ([], {"audio": "CUT"}, "AudioError"),
         ([], {"prompt_length": 30}, "over data.max_prompt_length=30"),
-        ([], {"audio": "ENDLESS"}, "31.0 s of audio: the model hears 30 s at most"),
+        ([], {"audio": "ENDLESS", "prompt_length": 40_000}, "s of audio: the model hears"),
         ([LISTEN, ray.exceptions.RayActorError()], {}, "RayActorError"),
         ([LISTEN, 60.0], {"rollout_timeout_seconds": 0.5}, "not done after 0.5 s"),
     ],
     ids=["missing", "cut", "long prompt", "long audio", "engine", "time"],
 )
 def test_a_failed_rollout_comes_back_as_data_outside_the_loss(
-    roll_out: Any, tmp_path: Path, script: list[Any], settings: dict[str, Any], reason: str
+    roll_out: Any, tiny_model: Path, tmp_path: Path, script: list[Any], settings: dict[str, Any], reason: str
 ) -> None:
     if settings.get("audio") == "CUT":
         settings = {**settings, "audio": unreadable(tmp_path)}
     if settings.get("audio") == "ENDLESS":
         settings = {**settings, "audio": str(tmp_path / "endless.wav")}
-        soundfile.write(settings["audio"], np.zeros(31 * 16_000), 16_000)
+        seconds = int(max_audio_seconds(tiny_model)) + 1
+        soundfile.write(settings["audio"], np.zeros(seconds * 16_000, np.int16), 16_000)
+        reason = f"{seconds}.0 {reason} {seconds - 1} s at most"
     rollout = roll_out(script, **settings)
     assert rollout.fields["stop_reason"] == StopReason.ERROR and reason in rollout.fields["error"]
     output = rollout.output
@@ -269,14 +278,17 @@ def dumped(roll_out: Any) -> Iterator[list[dict[str, Any]]]:
     yield rows
 
 
-def test_a_steps_log_holds_rewards_segments_refusals_tokens_and_stop_reasons(dumped: list[dict[str, Any]]) -> None:
+def test_a_steps_log_holds_rewards_segments_refusals_tokens_and_stop_reasons(
+    dumped: list[dict[str, Any]], tiny_model: Path
+) -> None:
     metrics = relisten_metrics(dumped)
     assert metrics["reward/format"] == pytest.approx(0.25) and metrics["reward/acc"] == pytest.approx(1 / 3)
     assert metrics["segments/named"] == pytest.approx(4 / 3) and metrics["segments/inserted"] == pytest.approx(2 / 3)
     assert metrics["segments/refused/past_end"] == metrics["segments/refused/reversed"] == pytest.approx(1 / 3)
     assert metrics["segments/refused/malformed"] == 0.0
     assert metrics["segments/seconds"] == pytest.approx(1.0) and metrics["segments/overlap"] == pytest.approx(0.25)
-    assert metrics["tokens/observation"] == pytest.approx(28 / 3)
+    observed = 2 * (1 + TOKENS[family_of(tiny_model)][1] + 1)
+    assert metrics["tokens/observation"] == pytest.approx(observed / 3)
     assert metrics["stop/answered"] == pytest.approx(2 / 3) and metrics["stop/error"] == pytest.approx(1 / 3)
     assert metrics["stop/length"] == 0.0
     assert set(relisten_metrics(dumped[:1])) == set(metrics), "a curve needs its points in every step"
@@ -300,7 +312,7 @@ def test_a_trajectory_is_logged_as_one_line_of_json(dumped: list[dict[str, Any]]
     )
     logged = json.loads(json.dumps(row))
     assert logged["id"] == "a7" and logged["score"] == 1.5 and logged["components"]["reward_format"] == 0.5
-    assert "<|AUDIO|>" not in logged["text"] and logged["text"].startswith("<think>there")
+    assert not re.search(r"<\|(AUDIO|audio_pad)\|>", logged["text"]) and logged["text"].startswith("<think>there")
     assert [(segment["start"], segment["inserted"]) for segment in logged["segments"]] == [(0.5, True), (1.0, True)]
     refused = trajectory_row("uid_1_0", 3, 0.0, dumped[1], {}, {}, "scenes")["segments"]
     assert [segment["refusal"] for segment in refused] == ["past_end", "reversed"]

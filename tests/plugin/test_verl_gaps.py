@@ -127,6 +127,56 @@ def test_vllm_makes_buffers_of_qwen3_omni_where_a_tower_that_is_left_out_lies() 
     assert tower < buffers and all(line[: indent + 1].isspace() for line in lines[tower + 1 : buffers] if line.strip())
 
 
+def test_vllm_dies_of_a_prompt_of_qwen3_omni_that_ends_in_a_clip() -> None:
+    """Closed upstream: take out for_vllm.py take_prompts_that_end_in_a_clip."""
+    from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinkerForConditionalGeneration as Thinker
+
+    import echo_plugins.for_vllm as for_vllm
+
+    clip = SimpleNamespace(modality="audio")
+    clips = [(2, "audio", {"audio_feature_length": 100})]  # tokens: any, the clip's start, 13, its end
+    model = SimpleNamespace(iter_mm_features=lambda _: clips, _compute_audio_token_count=lambda _: 13)
+    stock: Any = inspect.unwrap(Thinker.get_mrope_input_positions)
+    with pytest.raises(RuntimeError, match="Position ids length mismatch"):
+        stock(model, [0] * 16, [clip])
+    for_vllm.take_prompts_that_end_in_a_clip()
+    ours: Any = Thinker.get_mrope_input_positions
+    for length in (16, 17, 30):
+        positions, delta = ours(model, [0] * length, [clip])
+        assert positions.tolist() == [list(range(length))] * 3 and delta == 0
+    positions, delta = stock(model, [0] * 30, [clip])
+    assert positions.tolist() == [list(range(30))] * 3 and delta == 0, "where it does not die it says the same"
+
+
+def test_a_short_clip_of_qwen3_omni_sounds_different_alone_in_vllm_as_in_transformers() -> None:
+    """Closed upstream, in both: take out for_vllm.py hear_short_clips_as_beside_longer_ones."""
+    from transformers.models.qwen3_omni_moe import configuration_qwen3_omni_moe as configuration
+    from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as modeling
+
+    config = configuration.Qwen3OmniMoeAudioEncoderConfig(
+        num_mel_bins=16,
+        d_model=16,
+        n_window=50,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        output_dim=8,
+        downsample_hidden_size=8,
+    )
+    torch.manual_seed(0)
+    tower: Any = modeling.Qwen3OmniMoeAudioEncoder(config).eval()
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # biases too: transformers begins with 0, of which nothing is heard
+    chunk = 2 * tower.n_window
+    short, long = torch.randn(16, chunk // 2), torch.randn(16, chunk)
+    with torch.no_grad():
+        alone = tower(short, torch.tensor([chunk // 2])).last_hidden_state
+        beside = tower(torch.cat([short, long], 1), torch.tensor([chunk // 2, chunk])).last_hidden_state
+        silent = tower(torch.cat([short, 0 * long], 1), torch.tensor([chunk // 2, chunk])).last_hidden_state
+    assert not torch.allclose(alone, beside[: len(alone)], atol=1e-5), "the padding is heard"
+    assert torch.allclose(silent[: len(alone)], beside[: len(alone)], atol=1e-6), "and nothing but it"
+
+
 def test_vllm_puts_zeros_after_a_clip_of_qwen3_omni() -> None:
     """Closed upstream: take out for_vllm.py leave_clips_as_they_are."""
     from vllm.model_executor.models import qwen3_omni_moe_thinker as module
