@@ -262,10 +262,11 @@ def _markdown(lines: Sequence[tuple[str, list[str] | None]], headings: Sequence[
 
 def _show(lines: Sequence[tuple[str, list[str] | None]], changed: Sequence[Mapping[str, Any]], title: str) -> None:
     console = Console(highlight=False)
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("")
+    # Headings of two lines, so that no number is cut on a terminal of 80 columns.
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
     for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=heading.startswith("difference"))
+        table.add_column(heading.replace(" ", "\n"), justify="right", overflow="fold")
     for label, cells in lines:
         if label in RULES:
             table.add_section()

@@ -1,6 +1,7 @@
 """Two models on the same rows, and several runs of one."""
 
 import json
+import re
 import random
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def test_a_comparison_pairs_the_rows_and_names_those_that_changed(tmp_path: Path
     assert changed[0]["strict"] == {"before": True, "after": False}
     assert "| strict | 20 | 30.0 | 65.0 | 1 | 8 | +35.0" in (tmp_path / "c.md").read_text()
     assert "5: 'rain' -> 'wind', key 'rain'" in result.output
+    narrow = CliRunner().invoke(compare.app, [str(first), str(second)], env={"COLUMNS": "80"}).output
+    assert "…" not in narrow
+    assert re.search(r"official +20 +30\.0 +65\.0 +1 +8 +\+35\.0 \(\S+ to \S+\) 0\.039", narrow), narrow
 
 
 def test_equal_predictions_are_no_difference(tmp_path: Path) -> None:
