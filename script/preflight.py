@@ -270,7 +270,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     sample. Where it is all of them, the stage would have nothing left."""
     from echo_plugins.audio import SAMPLING_RATE, AudioError, resolve_path
     from echo_plugins.for_swift.dataset import BadRowError, Lengths, file_samples
-    from echo_plugins.model import MAX_AUDIO_SECONDS, family_of, hop_length, max_audio_seconds
+    from echo_plugins.model import FAMILIES, MAX_AUDIO_SECONDS, family_of, hop_length, max_audio_seconds
 
     def share(some: int, of: int, what: str, text: str, cure: str) -> Problems:
         """A refusal where it is all of the rows that were looked at, a warning where it is some."""
@@ -307,7 +307,7 @@ def row_problems(rows: Rows, settings: Settings, model: Path | None) -> Problems
     try:
         family, hop = family_of(model), hop_length(model)
     except ValueError as error:
-        yield Problem(f"BASE_MODEL cannot be used: {error}", "Use a directory of Qwen2.5-Omni or Qwen3-Omni.")
+        yield Problem(f"BASE_MODEL cannot be used: {error}", f"Use a directory of one of {', '.join(FAMILIES)}.")
         return
     encode, counted = (lambda text: []), " (audio tokens alone: the model has no tokenizer.json)"
     if (model / "tokenizer.json").is_file():

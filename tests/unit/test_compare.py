@@ -1,8 +1,8 @@
 """Two models on the same rows, and several runs of one."""
 
 import json
-import re
 import random
+import re
 from pathlib import Path
 from typing import Any
 
