@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import vllm._custom_ops
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
-from vllm.model_executor.layers.fused_moe import cpu_fused_moe
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 from ..for_vllm import mend_worker
@@ -21,12 +18,15 @@ from ..for_vllm import mend_worker
 def keep_linear_weights() -> None:
     """vLLM's CPU linear layers repack their weights for oneDNN and drop `.weight`, so that verl's weight transfer dies
     with an AttributeError and the sender waits for ever. Without oneDNN they work on the live weights."""
+    import vllm._custom_ops
+
     vllm._custom_ops._supports_onednn = False
 
 
 def keep_expert_weights() -> None:
     """cpu_fused_moe.py:286 repacks the experts into new parameters, which have no `weight_loader` (the same death:
     qwen3_moe.py:625). Without the grouped product the experts are views of the live weights."""
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
     def check_grouped_gemm(_self: object, _layer: torch.nn.Module) -> tuple[bool, str]:
         return False, "none"
@@ -37,6 +37,8 @@ def keep_expert_weights() -> None:
 
 def activate_experts_without_a_config() -> None:
     """cpu_fused_moe.py:53 makes a SiluAndMul in each forward, which asks for vLLM's configuration where none is set."""
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
         half = x.shape[-1] // 2
