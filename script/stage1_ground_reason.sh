@@ -183,8 +183,10 @@ if [[ -n "$CHECKPOINT" ]]; then
     note "going on from step $STEP of $STEPS: $CHECKPOINT"
     RESUME=(--resume_from_checkpoint "$CHECKPOINT")
     # transformers' Trainer loads a checkpoint's weights by their names in the file, and leaves without a word what has
-    # another name in memory: experts, which are fused there. So the weights come as those of a model do.
-    [[ "$SFT_TUNER" == lora ]] || START="$CHECKPOINT"
+    # another name in memory: experts, which are fused there. So their weights come as those of a model do.
+    if [[ "$SFT_TUNER" == full && "$(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" moe)" == True ]]; then
+      START="$CHECKPOINT"
+    fi
   fi
 fi
 
