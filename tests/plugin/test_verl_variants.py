@@ -84,6 +84,16 @@ def test_rollouts_that_run_ahead_of_the_update(tiny_model: Path, soundscapes: Pa
     assert len((tmp_path / "out" / "trajectories" / "2.jsonl").read_text().splitlines()) == 8
 
 
+@pytest.mark.skipif("ECHO_TEST_ALL" not in os.environ, reason="a minute, and what is new in it is tested apart")
+def test_lora_of_a_model_with_experts(tiny_qwen3: Path, soundscapes: Path, tmp_path: Path) -> None:
+    metrics = two_steps(tiny_qwen3, soundscapes, tmp_path, RL_LORA_RANK="4")
+    assert metrics[2]["training/rollout_probs_diff_max"] < 0.05 and metrics[2]["actor/grad_norm"] > 0
+    merge(tmp_path / "out", tiny_qwen3, tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_qwen3, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("thinker.model.layers.") for name in changed), "the towers have no adapter"
+
+
 def test_a_model_with_experts(tiny_qwen3: Path, soundscapes: Path, tmp_path: Path) -> None:
     metrics = two_steps(tiny_qwen3, soundscapes, tmp_path)
     for step in (1, 2):  # the second has rollouts of weights that the engine was sent after an update
