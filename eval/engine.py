@@ -279,11 +279,12 @@ class Engine:
         if num_samples > self._max_samples:
             limit, seconds = self._max_samples / audio.SAMPLING_RATE, num_samples / audio.SAMPLING_RATE
             raise ValueError(f"the clip has {seconds:.1f} s and the model hears no more than {limit:g} s: cut it")
-        if not self.count_audio_tokens(num_samples):
+        num_audio_tokens = self.count_audio_tokens(num_samples)
+        if not num_audio_tokens:
             raise ValueError(f"the clip is too short: it has {num_samples} samples at 16 kHz")
         check_text(question)
         prompt = self.prompt_ids(question, sampling.mode)
-        num_tokens = len(expand_placeholders(prompt, self.ids.audio, [self.count_audio_tokens(num_samples)]))
+        num_tokens = len(expand_placeholders(prompt, self.ids.audio, [num_audio_tokens]))
         room = self.max_model_len - num_tokens
         if room < 1:
             raise ValueError(f"the prompt has {num_tokens} tokens and the engine takes {self.max_model_len}")

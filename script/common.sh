@@ -4,6 +4,7 @@
 #   die MESSAGE [EXIT]       says what is wrong and what to do next, and ends with 1 (2: wrong usage)
 #   require PATH HINT        PATH exists, or die with HINT (in a dry run nothing has to exist yet)
 #   run COMMAND...           prints the command so that it can be pasted, and runs it unless DRY_RUN=1
+#   lora_layers MODEL NAME   LAYERS becomes the full names of the model's layers that the setting NAME matches, or die
 #   defaults STAGE           gives the settings of a stage (all: of every stage) their defaults of script/settings.md
 #   lock DIR                 no second run writes DIR while this one, or a process that it started, lives
 #   stage NAME OPTIONS -- COMMAND...   runs COMMAND unless it has finished before; see below
@@ -25,6 +26,14 @@ note() { printf '== %s\n' "$*" >&2; }
 
 require() {
   [[ "$DRY_RUN" == 1 || -e "$1" ]] || die "$1 does not exist. $2"
+}
+
+# A dry run may come before the model is there, and has the pattern alone. echo_plugins/model.py says why names are needed.
+lora_layers() {
+  LAYERS=("${!2}")
+  [[ -e "$1/config.json" ]] || return 0
+  mapfile -t LAYERS < <(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$1" lora_modules "${!2}")
+  [[ -n "${LAYERS[*]}" ]] || die "$2 matches no layer of $1: it is a regular expression over full names" 2
 }
 
 # NAME|DEFAULT|WHAT of each setting of a stage, from the table of script/settings.md.

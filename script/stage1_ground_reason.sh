@@ -77,9 +77,7 @@ ENVIRONMENT+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELI
 # tower is frozen too: no row has images.
 TUNER=(--tuner_type "$SFT_TUNER" --freeze_vit true --freeze_aligner true)
 if [[ "$SFT_TUNER" == lora ]]; then
-  mapfile -t LAYERS < <(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" lora_modules "$SFT_LORA_TARGETS")
-  [[ "$DRY_RUN" != 1 || -e "$MODEL/config.json" ]] || LAYERS=("layers of $MODEL that match $SFT_LORA_TARGETS")
-  [[ -n "${LAYERS[*]}" ]] || die "SFT_LORA_TARGETS matches no layer of $MODEL: it is a regular expression over full names" 2
+  lora_layers "$MODEL" SFT_LORA_TARGETS
   TUNER+=(--lora_rank "$SFT_LORA_RANK" --lora_alpha "$SFT_LORA_ALPHA" --target_modules "${LAYERS[@]}")
   if [[ "$SFT_LORA_EXPERTS" == true ]]; then
     # Experts are no linear layers but tensors, which PEFT adapts by their names and without dropout.

@@ -79,16 +79,15 @@ model=(
 )
 # LoRA: the language model's layers alone, as the towers are frozen. The engine gets the merged weights, since vLLM takes
 # no adapters for some of these models; the reference is the model without its adapter.
-TARGETS="'$RL_LORA_TARGETS'"
-if ((RL_LORA_RANK > 0)) && [[ -e "$MODEL/config.json" ]] &&
-  [[ "$(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" moe)" == True ]]; then
-  # Of a pattern PEFT takes only the ends of names where a model has experts, and the audio tower has the same ends.
-  TARGETS="[$(PYTHONPATH="$ROOT" "$PYTHON" -m echo_plugins.model "$MODEL" lora_modules "$RL_LORA_TARGETS" | paste -sd ,)]"
+if ((RL_LORA_RANK > 0)); then
+  lora_layers "$MODEL" RL_LORA_TARGETS
+  TARGETS="'$RL_LORA_TARGETS'"
+  [[ ! -e "$MODEL/config.json" ]] || TARGETS="[$(IFS=,; echo "${LAYERS[*]}")]"
+  model+=(
+    actor_rollout_ref.model.lora_rank="$RL_LORA_RANK" actor_rollout_ref.model.lora_alpha="$RL_LORA_ALPHA"
+    actor_rollout_ref.model.target_modules="$TARGETS" actor_rollout_ref.model.lora.merge=True
+  )
 fi
-((RL_LORA_RANK == 0)) || model+=(
-  actor_rollout_ref.model.lora_rank="$RL_LORA_RANK" actor_rollout_ref.model.lora_alpha="$RL_LORA_ALPHA"
-  actor_rollout_ref.model.target_modules="$TARGETS" actor_rollout_ref.model.lora.merge=True
-)
 actor=(
   actor_rollout_ref.actor.strategy=fsdp2
   actor_rollout_ref.actor.optim.lr="$RL_LR" actor_rollout_ref.actor.optim.lr_warmup_steps="$RL_WARMUP_STEPS"

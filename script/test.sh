@@ -42,9 +42,9 @@ check() {
   # 5: WORDS chose no test of these
   ((status == 0 || status == 5)) || failed+=("$layer")
 }
-# The files of a layer that GLOB names, and the command `then`, run beside the others: frameworks that start leave half of
-# two cores idle.
-then=(true)
+# The files of a layer that GLOB names, and after them the command `afterwards`, run beside the others: frameworks that
+# start leave half of two cores idle.
+afterwards=(true)
 beside() {
   local glob="$1" files others
   shift
@@ -55,8 +55,8 @@ beside() {
   {
     local first=0 second=0
     "${pytest[@]}" "${files[@]}" "$@" || first=$?
-    "${then[@]}" || second=$?
-    ((first % 5 == 0)) || exit "$first"
+    "${afterwards[@]}" || second=$?
+    ((first == 0 || first == 5)) || exit "$first"
     exit "$second"
   } > "$log" 2>&1 &
   other=$!
@@ -72,10 +72,10 @@ for layer in "${layers[@]}"; do
       bash script/setup.sh browser
       # Two processes: ms-swift and verl both change transformers as they are imported, and no stage has both. Then what
       # the engine's tests say of Qwen2.5-Omni is asked of Qwen3-Omni.
-      then=(env ECHO_TEST_FAMILY=qwen3_omni_moe "${pytest[@]}"
+      afterwards=(env ECHO_TEST_FAMILY=qwen3_omni_moe "${pytest[@]}"
         tests/plugin/test_{agent_loop_equals_engine,engine,exactness,serve_engine,verl_agent_loop}.py "$@")
       beside 'tests/plugin/test_swift*.py' "$@"
-      then=(true)
+      afterwards=(true)
       ;;
     chain)
       # The frameworks are played in this one, so it takes one core and little memory.
